@@ -1,0 +1,154 @@
+# make demo, make test: all the set-up on a fresh machine, then the demonstration or every test. Running either again
+# downloads and compiles only what has changed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := $(CURDIR)/.venv
+STAMPS := .venv/build
+PACKAGE := python/torch_divergence
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+export PATH := $(VENV)/bin:$(PATH)
+CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON
+CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
+, := ,
+say = @printf '\n== %s\n' "$(1)"
+
+.PHONY: help demo test build lint ctest pytest pytest-capabilities mypy install-test compat sanitize bench format tidy clean
+
+help:
+	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
+	@echo "make test       every test, in both languages"
+	@echo "make build      compile, and install the package into .venv as editable"
+	@echo "make lint       formatting, ruff, mypy        make format    format everything"
+	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make compat     compile with the headers of every supported torch"
+	@echo "make bench      benchmarks                    make tidy      clang-tidy"
+	@echo "make clean      remove what was built; .venv stays"
+
+demo: build
+	$(call say,distillation in Python)
+	python examples/python/distillation.py --picture build/distillation.png
+	$(call say,distillation in C++)
+	build/examples/distillation
+
+test: lint ctest pytest pytest-capabilities install-test
+	$(call say,all tests passed)
+
+# --- set-up and build -------------------------------------------------------------------------------------------------
+
+$(STAMPS)/tools:
+	@missing() { echo "$$1 is missing: install it with '$$2'" >&2; exit 1; }; \
+	python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' || missing "Python 3.10 or newer with venv" "apt-get install python3-venv"; \
+	command -v c++ > /dev/null || missing "a C++20 compiler" "apt-get install g++"; \
+	command -v cmake > /dev/null || missing "CMake 3.25 or newer" "apt-get install cmake"
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/venv: requirements-dev.txt | $(STAMPS)/tools
+	$(call say,Python packages into .venv)
+	python3 -m venv .venv
+	python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+build/configured: $(STAMPS)/venv
+	$(call say,configuration)
+	$(CONFIGURE) -B build -DTD_EXAMPLES=ON -DTD_WERROR=ON
+	@touch $@
+
+# CMake knows what is out of date.
+build: build/configured
+	$(call say,build)
+	cmake --build build --parallel $(JOBS)
+	@cmake --install build --prefix $(PACKAGE) > build/install.log
+	@cmake --install build --prefix $(PACKAGE) --component python >> build/install.log
+	@$(MAKE) $(STAMPS)/editable
+
+$(STAMPS)/editable: setup.py pyproject.toml $(STAMPS)/venv
+	pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+lint: mypy
+	$(call say,formatting and lint)
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+mypy: $(STAMPS)/venv
+	$(call say,types)
+	mypy
+
+ctest: build
+	$(call say,C++ tests$(,) for each instruction set)
+	ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS)
+
+pytest: build
+	$(call say,Python tests and doctests)
+	pytest
+
+# pytest itself runs with the best instruction set of the processor; these are the ones below it.
+pytest-capabilities: build
+	@best=$$(python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
+	for capability in default avx2; do \
+	  case $$best-$$capability in DEFAULT-*|AVX2-avx2) continue;; esac; \
+	  printf '\n== Python tests with ATEN_CPU_CAPABILITY=%s\n' $$capability; \
+	  ATEN_CPU_CAPABILITY=$$capability pytest -q tests/test_values.py tests/test_gradients.py; \
+	done
+
+# The same C++ project against a CMake install and against a wheel unpacked beside torch, as pip would.
+INSTALL := $(CURDIR)/build/install-test
+install-test: build
+	$(call say,C++ project with the library installed by CMake)
+	rm -rf $(INSTALL)
+	cmake --install build --prefix $(INSTALL)/cmake > build/install.log
+	tests/install/run.sh $(INSTALL)/cmake $(INSTALL)/cmake-user
+	$(call say,C++ project with the library installed as a wheel)
+	pip wheel --disable-pip-version-check --no-build-isolation --no-deps -q -w $(INSTALL) .
+	pip install --disable-pip-version-check --no-deps -q --target $(INSTALL)/site $(INSTALL)/*.whl
+	ln -s "$$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')" $(INSTALL)/site/torch
+	ldd $(INSTALL)/site/torch_divergence/lib/libtorch_divergence.so | grep -q $(INSTALL)/site/torch_divergence/lib/../../torch/lib/libtorch_cpu.so
+	tests/install/run.sh $(INSTALL)/site/torch_divergence $(INSTALL)/wheel-user
+	cd $(INSTALL) && PYTHONPATH=site python -c "import torch, torch_divergence as td; \
+	  assert td.__file__.startswith('$(INSTALL)'), td.__file__; \
+	  td.kl_div(torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)).backward()"
+
+compat: build/configured
+	$(call say,headers of other versions of torch)
+	python .ci/torch_headers.py build/compile_commands.json .venv/torch-headers
+
+# The kernels stay optimised enough to be quick; asserts are on. Leaks are looked for in C++ only: Python has its own.
+sanitize: $(STAMPS)/venv
+	$(call say,build with sanitizers)
+	$(CONFIGURE) -B build-sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DTD_SANITIZE=address,undefined
+	cmake --build build-sanitize --parallel $(JOBS)
+	$(call say,C++ tests with sanitizers)
+	ctest --test-dir build-sanitize --output-on-failure --no-tests=error -j $(JOBS)
+	$(call say,Python tests with sanitizers)
+	rm -rf build-sanitize/site && mkdir -p build-sanitize/site/torch_divergence
+	cp $(PACKAGE)/*.py build-sanitize/site/torch_divergence
+	cmake --install build-sanitize --prefix build-sanitize/site/torch_divergence > build-sanitize/install.log
+	cmake --install build-sanitize --prefix build-sanitize/site/torch_divergence --component python >> build-sanitize/install.log
+	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(CURDIR)/build-sanitize/site; \
+	python -c "import torch_divergence as td; assert 'build-sanitize' in td.__file__, td.__file__"; \
+	pytest -q tests/test_gradients.py
+
+# --- for developers ---------------------------------------------------------------------------------------------------
+
+bench: build
+	python benchmarks/kl_div.py
+
+format: $(STAMPS)/venv
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+tidy: build
+	clang-tidy -p build --quiet $$(find csrc -name '*.cpp')
+
+clean:
+	rm -rf build build-sanitize *.egg-info python/*.egg-info $(STAMPS)/editable
+	rm -rf $(PACKAGE)/_build_info.py $(PACKAGE)/*.so $(PACKAGE)/include $(PACKAGE)/lib $(PACKAGE)/share

@@ -1,0 +1,310 @@
+// Loads, stores and elementary functions on at::vec::Vectorized, for the CPU kernels.
+//
+// Everything here lives in the instruction set's own namespace and is always inlined: a *_cpu.cpp is compiled once per
+// set, and a shared weak symbol compiled for AVX-512 would crash an older machine.
+#pragma once
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#define TD_INLINE inline __attribute__((always_inline))
+
+namespace torch_divergence::cpu::CPU_CAPABILITY {
+
+using at::vec::fmadd;
+template <class A>
+using Vec = at::vec::Vectorized<A>;
+template <class A>
+inline constexpr int kLanes = Vec<A>::size();
+template <class A>
+inline constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// Arithmetic happens in A: float for float and the half types, double for double and wherever float is not enough.
+
+// kLanes<A> values of type T, widened in registers.
+template <class A, class T>
+TD_INLINE Vec<A> load(const T* x) {
+  if constexpr (std::is_same_v<A, T>) {
+    return Vec<A>::loadu(x);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    __m512 f;
+    if constexpr (std::is_same_v<A, float>) {
+      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        f = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      } else {
+        f = _mm512_cvtph_ps(raw);
+      }
+      return f;
+    } else if constexpr (std::is_same_v<T, float>) {
+      return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+    } else {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+      } else {
+        return _mm512_cvtps_pd(_mm256_cvtph_ps(raw));
+      }
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (std::is_same_v<A, float>) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+      } else {
+        return _mm256_cvtph_ps(raw);
+      }
+    } else if constexpr (std::is_same_v<T, float>) {
+      return _mm256_cvtps_pd(_mm_loadu_ps(x));
+    } else {
+      const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16)));
+      } else {
+        return _mm256_cvtps_pd(_mm_cvtph_ps(raw));
+      }
+    }
+#else
+    A lanes[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<A>(static_cast<float>(x[i]));
+    return Vec<A>::loadu(lanes);
+#endif
+  }
+}
+
+// Rounds to nearest even.
+template <class A, class T>
+TD_INLINE void store(T* y, Vec<A> v) {
+  if constexpr (std::is_same_v<A, T>) {
+    v.store(y);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<A, float>) {
+      __m256i raw;
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        raw = at::vec::cvtfp32_bf16(v);
+      } else {
+        raw = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), raw);
+      return;
+    }
+    if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+      _mm256_storeu_ps(y, _mm512_cvtpd_ps(v));
+      return;
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (std::is_same_v<A, float>) {
+      __m128i raw;
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        raw = at::vec::cvtfp32_bf16(v);
+      } else {
+        raw = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      }
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(y), raw);
+      return;
+    }
+    if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+      _mm_storeu_ps(y, _mm256_cvtpd_ps(v));
+      return;
+    }
+#endif
+    A lanes[kLanes<A>];
+    v.store(lanes);
+    for (int i = 0; i < kLanes<A>; ++i) y[i] = static_cast<T>(static_cast<float>(lanes[i]));
+  }
+}
+
+// The first count lanes; the others are fill.
+template <class A, class T>
+TD_INLINE Vec<A> load(const T* x, int64_t count, A fill) {
+  T lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<T>(fill);
+  std::memcpy(lanes, x, static_cast<size_t>(count) * sizeof(T));
+  return load<A>(lanes);
+}
+template <class A, class T>
+TD_INLINE void store(T* y, Vec<A> v, int64_t count) {
+  T lanes[kLanes<A>];
+  store<A>(lanes, v);
+  std::memcpy(y, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+// f(offset, count) for each vector of [0, n); count < kLanes only in the last. f is inlined twice, so that the body of
+// the loop has no tail in it.
+template <class A, class F>
+TD_INLINE void for_lanes(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, std::integral_constant<int, kLanes<A>>{});
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+// In for_lanes: whole vectors are loaded plainly, the tail with its fill.
+template <class A, class T, class Count>
+TD_INLINE Vec<A> load_lanes(const T* x, Count count, A fill) {
+  if constexpr (std::is_same_v<Count, int>) {
+    return load<A>(x, count, fill);
+  } else {
+    return load<A>(x);
+  }
+}
+template <class A, class T, class Count>
+TD_INLINE void store_lanes(T* y, Vec<A> v, Count count) {
+  if constexpr (std::is_same_v<Count, int>) {
+    store<A>(y, v, count);
+  } else {
+    store<A>(y, v);
+  }
+}
+
+// Any NaN operand may be lost here: the sums that follow a maximum see it.
+TD_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return Vec<float>::blendv(b, a, a > b);
+#endif
+}
+TD_INLINE Vec<double> max_of(Vec<double> a, Vec<double> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_pd(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_pd(a, b);
+#else
+  return Vec<double>::blendv(b, a, a > b);
+#endif
+}
+TD_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return Vec<float>::blendv(b, a, a < b);
+#endif
+}
+TD_INLINE Vec<double> min_of(Vec<double> a, Vec<double> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_pd(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_pd(a, b);
+#else
+  return Vec<double>::blendv(b, a, a < b);
+#endif
+}
+
+// where(mask, a, b); a lane of the mask is all ones or all zeros, as comparisons leave it.
+template <class A>
+TD_INLINE Vec<A> select(Vec<A> mask, Vec<A> a, Vec<A> b) {
+  return Vec<A>::blendv(b, a, mask);
+}
+template <class A>
+TD_INLINE bool all(Vec<A> mask) {
+  return mask.zero_mask() == 0;  // a lane of ones is a NaN, not zero
+}
+template <class A>
+TD_INLINE bool any(Vec<A> mask) {
+  return mask.zero_mask() != (1 << kLanes<A>) - 1;
+}
+
+template <class A>
+TD_INLINE int first_lane(Vec<A> mask) {
+  return __builtin_ctz(~static_cast<unsigned>(mask.zero_mask()));
+}
+
+// In double: a lane may hold 1 and its neighbour 1e-9.
+template <class A>
+TD_INLINE double sum_of(Vec<A> v) {
+  A lanes[kLanes<A>];
+  v.store(lanes);
+  double sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += static_cast<double>(lanes[i]);
+  return sum;
+}
+template <class A>
+TD_INLINE A max_lane(Vec<A> v) {
+  A lanes[kLanes<A>];
+  v.store(lanes);
+  A best = lanes[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+template <class A>
+TD_INLINE A min_lane(Vec<A> v) {
+  A lanes[kLanes<A>];
+  v.store(lanes);
+  A best = lanes[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] < best ? lanes[i] : best;
+  return best;
+}
+
+// e^x at about 1 ulp: k = round(x log2 e), r = x - k ln 2 with ln 2 in two parts (Cody and Waite), a polynomial of degree
+// 7 for e^r, and 2^k. Gradual underflow; -inf -> 0, +inf -> inf, NaN -> NaN. Beyond +-104 the result is 0 or inf, so
+// clamping there changes nothing and keeps k small.
+TD_INLINE Vec<float> exp_of(Vec<float> x) {
+  constexpr float kLog2e = 1.442695041f, kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
+  constexpr float c7 = 1.98527618e-4f, c6 = 1.39304355e-3f, c5 = 8.33336078e-3f, c4 = 4.16664854e-2f,
+                  c3 = 1.66666672e-1f, c2 = 0.5f;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 c = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));  // NaN passes
+  const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(kLog2e)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fmadd_ps(k, _mm512_set1_ps(-kLn2Hi), c);
+  r = _mm512_fmadd_ps(k, _mm512_set1_ps(-kLn2Lo), r);
+  __m512 y = _mm512_set1_ps(c7);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c6));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c5));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c4));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c3));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c2));
+  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(y, k);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 c = _mm256_min_ps(_mm256_set1_ps(104.f), _mm256_max_ps(_mm256_set1_ps(-104.f), x));
+  const __m256 k = _mm256_round_ps(_mm256_mul_ps(c, _mm256_set1_ps(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fmadd_ps(k, _mm256_set1_ps(-kLn2Hi), c);
+  r = _mm256_fmadd_ps(k, _mm256_set1_ps(-kLn2Lo), r);
+  __m256 y = _mm256_set1_ps(c7);
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c6));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c5));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c4));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c3));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c2));
+  y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.f));
+  // 2^k in two factors: k reaches -150, where one exponent field would not do
+  const __m256i whole = _mm256_cvtps_epi32(k), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+  const auto pow2 = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  return _mm256_mul_ps(_mm256_mul_ps(y, pow2(half)), pow2(rest));
+#else
+  float lanes[kLanes<float>];
+  x.store(lanes);
+  for (float& v : lanes) {
+    const float c = v > 104.f ? 104.f : v < -104.f ? -104.f : v;
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+    const float shifted = c * kLog2e + magic, k = shifted - magic;
+    const float r = (c - k * kLn2Hi) - k * kLn2Lo;
+    float y = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2;
+    y = (y * (r * r) + r) + 1.f;
+    int32_t bits, magic_bits;
+    std::memcpy(&bits, &shifted, 4);
+    std::memcpy(&magic_bits, &magic, 4);
+    const int32_t whole = bits - magic_bits, half = whole >> 1, rest = whole - half;
+    const int32_t b1 = (half + 127) << 23, b2 = (rest + 127) << 23;
+    float s1, s2;
+    std::memcpy(&s1, &b1, 4);
+    std::memcpy(&s2, &b2, 4);
+    const float e = y * s1 * s2;
+    v = v != v ? v : e;
+  }
+  return Vec<float>::loadu(lanes);
+#endif
+}
+TD_INLINE Vec<double> exp_of(Vec<double> x) { return x.exp(); }
+
+}  // namespace torch_divergence::cpu::CPU_CAPABILITY

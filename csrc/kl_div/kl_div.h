@@ -1,0 +1,193 @@
+// Kullback-Leibler divergence: the formulas, once, and the signatures of its kernels. Included by g++ and nvcc; no ATen.
+//
+// KL(P || Q) = sum_j p_j (log p_j - log q_j). P is the distribution in front: the target in the forward direction, the
+// input in the reverse one. Rows of n classes; t and s are the entries of P and Q as given, T the temperature.
+//
+// From logits on both sides (p = softmax(t/T), q = softmax(s/T)), with d = (t - s)/T and d' = E_p[d]:
+//
+//   far   (KL >= 1/2)  KL = d' - (lse_p - lse_q)
+//   near  (KL <  1/2)  u = d - d',  phi(u) = expm1(-u) + u >= 0,  KL = log(E_p[e^-u]) = log1p(E_p[phi(u)])
+//
+// The near form has no cancellation: every term of the sum is non-negative, t - s is exact for close floats (Sterbenz),
+// and errors of the normalisers enter squared. A centre c that is off by E_p[d - c] = b is repaired exactly:
+// KL = b + log1p(E_p[phi(d - c)] - b).
+//
+//   dKL/dt = p u / T,     dKL/ds = (q - p)/T = p expm1(-(u + KL))/T     (log p - log q = u + KL)
+//
+// The entries of either gradient sum to zero. Where P has more than half of its mass on one class, that class's entry is
+// taken from the sum of the others: there q - p and u are differences of numbers near each other, while the whole gradient
+// may be as small as 1 - p.
+//
+// Other spaces (log_probs, probs) are free variables: no projection and no mass terms. With l = log p - log q:
+//
+//   side     logits              log_probs     probs
+//   P        p (l - KL)/T        p (l + 1)     l + 1
+//   Q        (q sum(p) - p)/T    -p            -p/q
+//
+// Hessian-vector products are the derivative of these along (v_p, v_q): see kl_div_double_backward.
+//
+// Zeros and infinities. p = 0: the term is 0, and so is P's gradient there. q = 0 < p: KL = +inf; Q's gradient stays
+// finite from logits (q - p) and is -inf from probs; P's gradient from logits is 0 for such a row. Both -inf: as if the
+// class were not there. A row of -inf only is no distribution: NaN.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/cpu_dispatch.h"
+#include "core/host_device.h"
+#include "core/rows.h"
+
+namespace torch_divergence {
+
+// Below this KL the centred form is used, above it the direct one. At 1/2 both are good to a few ulp.
+inline constexpr double kKlNear = 0.5;
+
+// phi(u)/u^2 = 1/2 - u/6 + u^2/24 - ... for |u| <= 1/2, to the last bit of A (float: 8 terms, double: 15). V is a scalar
+// or a SIMD vector of A; fma(a, b, c) = a b + c.
+template <class A, class V, class Fma>
+TD_HOST_DEVICE V phi_over_square(V u, const Fma& fma) {
+  constexpr int kTerms = sizeof(A) == 4 ? 8 : 15;
+  double factorial = 2;
+  double c[kTerms];
+  for (int k = 0; k < kTerms; ++k) {
+    c[k] = (k % 2 ? -1 : 1) / factorial;
+    factorial *= k + 3;
+  }
+  V y = V(A(c[kTerms - 1]));
+  for (int k = kTerms - 2; k >= 0; --k) y = fma(y, u, V(A(c[k])));
+  return y;
+}
+
+// What a row leaves for its backward, in double: float would lose the digits of logits that share a large offset.
+struct KlDivStat {
+  double lse_p;  // T logsumexp(t/T); 0 where P is not in logits
+  double lse_q;
+  double mean;  // logits on both sides: E_p[t - s] (not divided by T); else sum(p)
+  double mean_lo;  // what mean rounds off: u may be far smaller than an offset between t and s
+  double kl;
+
+  static constexpr int kSize = 5;
+  static constexpr int kKl = 4;  // where kl is
+  TD_HOST_DEVICE static KlDivStat load(const double* x) { return {x[0], x[1], x[2], x[3], x[4]}; }
+  TD_HOST_DEVICE void store(double* x) const { x[0] = lse_p, x[1] = lse_q, x[2] = mean, x[3] = mean_lo, x[4] = kl; }
+
+  // mean + mean_lo = hi + lo, exactly (Knuth)
+  TD_HOST_DEVICE void set_mean(double hi, double lo) {
+    mean = hi + lo;
+    const double back = mean - hi;
+    mean_lo = (hi - (mean - back)) + (lo - back);
+  }
+};
+
+// Online sums of one part of a row, both sides in logits: a = (t - max_p)/T, b = (s - max_q)/T.
+struct KlDivScan {
+  double max_p = -std::numeric_limits<double>::infinity();
+  double max_q = -std::numeric_limits<double>::infinity();
+  double sum_p = 0;  // sum e^a
+  double sum_q = 0;  // sum e^b
+  double dot = 0;    // sum e^a (a - b), over finite terms
+  bool infinite = false;  // a class with s = -inf < t was seen: however small its p, KL is +inf
+
+  // Moves the maxima up to at least (p, q).
+  TD_HOST_DEVICE void raise(double p, double q, double inv_t) {
+    p = p > max_p ? p : max_p;
+    q = q > max_q ? q : max_q;
+    if (p == max_p && q == max_q) return;
+    if (sum_p > 0) {
+      const double down_p = (p - max_p) * inv_t;
+      const double down_q = max_q > -std::numeric_limits<double>::infinity() ? (q - max_q) * inv_t : 0;
+      const double f = std::exp(-down_p);
+      if (std::isfinite(dot)) dot = f * (dot + sum_p * (down_q - down_p));
+      sum_p *= f;
+    }
+    if (sum_q > 0) sum_q *= std::exp(-(q - max_q) * inv_t);
+    max_p = p, max_q = q;
+  }
+  TD_HOST_DEVICE void merge(KlDivScan other, double inv_t) {
+    raise(other.max_p, other.max_q, inv_t);
+    other.raise(max_p, max_q, inv_t);
+    sum_p += other.sum_p, sum_q += other.sum_q, dot += other.dot;
+    infinite = infinite || other.infinite;
+  }
+  // kl by the far form; the near form replaces it.
+  TD_HOST_DEVICE KlDivStat finish(double t) const {
+    if (!(sum_p > 0) || !(sum_q > 0)) {
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      return {nan, nan, nan, nan, nan};
+    }
+    const double log_p = std::log(sum_p), log_q = std::log(sum_q), mean = dot / sum_p;
+    const double lse_p = max_p + t * log_p, lse_q = max_q + t * log_q;
+    if (infinite) return {lse_p, lse_q, 0, 0, std::numeric_limits<double>::infinity()};
+    KlDivStat stat{lse_p, lse_q, 0, 0, mean - log_p + log_q};
+    const double d = max_p - max_q, back = d - max_p;
+    stat.set_mean(d, ((max_p - (d - back)) - (max_q + back)) + t * mean);
+    return stat;
+  }
+};
+
+// Sums of the near form around the centre that the scan found: E_p[u] (0 but for rounding) and E_p[phi(u)].
+struct KlDivCentred {
+  double shift = 0;
+  double phi = 0;
+
+  TD_HOST_DEVICE double growth() const { return phi - shift; }  // E_p[e^-u] - 1
+  TD_HOST_DEVICE void finish(KlDivStat& stat, double t) const {
+    const double kl = shift + std::log1p(growth());
+    stat.kl = kl < 0 ? 0 : kl;  // the sum is non-negative; its last rounding need not be
+    stat.set_mean(stat.mean, stat.mean_lo + t * shift);
+  }
+};
+
+// One call of a kernel on rows [begin, end). Outputs are contiguous per row index unless they have a layout.
+struct KlDivRows {
+  RowsIn p, q;
+  int p_space = kLogits, q_space = kLogits;
+  int64_t classes = 0;
+  double temperature = 1;
+
+  TD_HOST_DEVICE bool from_logits() const { return p_space == kLogits && q_space == kLogits; }
+};
+
+// loss[i] = weight[i] KL_i (float, or double if loss_is_double) and stat[kSize i ...]. weight may be null; a row of weight 0
+// is not read: loss 0, stat 0.
+struct KlDivForward {
+  KlDivRows rows;
+  const double* weight;
+  void* loss;
+  bool loss_is_double;
+  double* stat;
+};
+// grad_p = coefficient[i] dKL_i/dp and grad_q likewise, where wanted. A row whose coefficient is 0 is not read: zeros.
+struct KlDivBackward {
+  KlDivRows rows;
+  const double* coefficient;
+  const double* stat;
+  RowsOut grad_p, grad_q;
+};
+// Forward and one gradient in a row's one visit to memory. grad may be the storage of its own side. Not for half types.
+struct KlDivValueAndGrad {
+  KlDivRows rows;
+  const double* weight;  // may be null: 1
+  double scale;          // gradient = scale weight[i] dKL_i
+  double* stat;
+  bool wrt_q;
+  RowsOut grad;
+};
+// Along (v_p, v_q), either of which may be absent: d_coefficient[i] = <v, gradient of KL_i>,
+// d_p, d_q = coefficient[i] (Hessian of KL_i) v.
+struct KlDivDoubleBackward {
+  KlDivRows rows;
+  RowsIn v_p, v_q;  // data null: 0
+  const double* coefficient;
+  const double* stat;
+  double* d_coefficient;  // may be null
+  RowsOut d_p, d_q;
+};
+
+TD_DECLARE_CPU_KERNEL(kl_div_forward, (const KlDivForward&, int64_t begin, int64_t end, ForEach columns))
+TD_DECLARE_CPU_KERNEL(kl_div_backward, (const KlDivBackward&, int64_t begin, int64_t end, ForEach columns))
+TD_DECLARE_CPU_KERNEL(kl_div_value_and_grad, (const KlDivValueAndGrad&, int64_t begin, int64_t end, ForEach columns))
+TD_DECLARE_CPU_KERNEL(kl_div_double_backward, (const KlDivDoubleBackward&, int64_t begin, int64_t end, ForEach columns))
+
+}  // namespace torch_divergence

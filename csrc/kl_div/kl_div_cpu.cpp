@@ -1,0 +1,817 @@
+// CPU kernels of KL divergence. Compiled once per instruction set (CPU_CAPABILITY); formulas in kl_div.h.
+//
+// Two families. Both sides in logits: SIMD in float (double for double inputs), half types widened in registers, the
+// accurate forms of kl_div.h, memory read once. Everything else, and the double backward: SIMD in double for all types,
+// which makes the plain formulas accurate to float's last digits.
+#include "kl_div/kl_div.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "core/row_tiles.h"
+#include "core/vec_math.h"
+
+namespace torch_divergence::cpu::CPU_CAPABILITY {
+namespace {
+
+// A chunk of both rows stays in the first-level cache between the search for its maximum and its exponentials.
+constexpr int64_t kChunk = 2048;
+// How much is summed in A before it goes to a sum in double: logits in bfloat16 take few values, and adding the same one
+// again and again rounds the same way each time.
+constexpr int64_t kBlock = 512;
+// Where a row is split over threads: fixed, so that the result does not depend on how many there are.
+constexpr int64_t kSegment = 8 * kChunk;
+
+// Calls f(first, last, index) for each segment of a row's columns, through `columns` if that is parallel.
+template <class F>
+TD_INLINE void for_segments(int64_t classes, ForEach columns, const F& f) {
+  if (columns == &for_each_serial) {
+    f(int64_t{0}, classes, int64_t{0});
+    return;
+  }
+  struct Context {
+    const F& f;
+    int64_t classes;
+  } context{f, classes};
+  columns((classes + kSegment - 1) / kSegment, &context, [](void* c, int64_t i) {
+    const auto& self = *static_cast<Context*>(c);
+    self.f(i * kSegment, std::min(self.classes, (i + 1) * kSegment), i);
+  });
+}
+TD_INLINE int64_t segment_count(int64_t classes, ForEach columns) {
+  return columns == &for_each_serial ? 1 : (classes + kSegment - 1) / kSegment;
+}
+
+// x + rest as a pair of A, to twice A's precision.
+template <class A>
+struct Split {
+  Vec<A> hi, lo;
+  TD_INLINE explicit Split(double x, double rest = 0) : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
+};
+// e^((x - c)/T). What c has beyond A's precision becomes a factor: subtracted, it would be rounded away where x is far
+// from c, and away in one direction for a whole row.
+template <class A>
+struct ExpFrom {
+  Vec<A> base, factor, inv_t;
+  TD_INLINE ExpFrom(double c, double inv_t_) : ExpFrom(static_cast<A>(c), c, inv_t_) {}
+  TD_INLINE Vec<A> operator()(Vec<A> x) const { return exp_of((x - base) * inv_t) * factor; }
+
+ private:
+  TD_INLINE ExpFrom(A near, double c, double inv_t_)
+      : base(near), factor(static_cast<A>(std::exp((static_cast<double>(near) - c) * inv_t_))), inv_t(static_cast<A>(inv_t_)) {}
+};
+// t - s - c, rounded once relative to itself: Knuth's error-free difference keeps what t - s rounds off.
+template <class A>
+TD_INLINE Vec<A> difference_minus(Vec<A> t, Vec<A> s, const Split<A>& c) {
+  const Vec<A> d = t - s, back = t - d;
+  const Vec<A> error = (t - (d + back)) + (back - s);
+  return (d - c.hi) + (error - c.lo);
+}
+
+template <class A>
+TD_INLINE Vec<A> phi_small(Vec<A> u) {
+  return u * u * phi_over_square<A>(u, [](Vec<A> a, Vec<A> b, Vec<A> c) __attribute__((always_inline)) { return fmadd(a, b, c); });
+}
+template <class A>
+TD_INLINE Vec<A> is_small(Vec<A> u) {
+  return u.abs() < Vec<A>(A(0.5));
+}
+
+void store_loss(const KlDivForward& k, int64_t row, double loss) {
+  if (k.loss_is_double) {
+    static_cast<double*>(k.loss)[row] = loss;
+  } else {
+    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
+  }
+}
+
+// -- Both sides in logits -------------------------------------------------------------------------------------------
+
+struct Extent {
+  double lo, hi;
+};
+template <class A, class T>
+TD_INLINE Extent extent(const T* x, int64_t n) {
+  Vec<A> hi0(-kInf<A>), hi1 = hi0, lo0(kInf<A>), lo1 = lo0;
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
+    const Vec<A> a = load<A>(x + i), b = load<A>(x + i + kLanes<A>);
+    hi0 = max_of(a, hi0), hi1 = max_of(b, hi1);
+    lo0 = min_of(a, lo0), lo1 = min_of(b, lo1);
+  }
+  for_lanes<A>(n - i, [&](int64_t j, auto count) __attribute__((always_inline)) {
+    hi0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), hi0);
+    lo0 = min_of(load_lanes<A>(x + i + j, count, kInf<A>), lo0);
+  });
+  return {static_cast<double>(min_lane(min_of(lo0, lo1))), static_cast<double>(max_lane(max_of(hi0, hi1)))};
+}
+
+// Exponentials kept for the gradient: e^((t - max)/T) with the maximum so far of each chunk.
+template <class A>
+struct Kept {
+  A* exp_p = nullptr;
+  A* exp_q = nullptr;  // null: not kept
+  double* max_p = nullptr;
+  double* max_q = nullptr;
+};
+
+// A maximum that is still -inf (no class seen) must not be subtracted from -inf.
+TD_INLINE double finite_or_zero(double max) { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
+
+// kMasked: -inf (or a value so low that (t - max)/T overflows) may be among the entries.
+template <class A, bool kMasked, bool kKeep, class TP, class TQ>
+TD_INLINE void scan_chunk(const TP* p, const TQ* q, int64_t n, A inv_t_, KlDivScan& scan, A* exp_p, A* exp_q) {
+  const Vec<A> inv_t(inv_t_), zero(A(0)), lowest(-kInf<A>);
+  const Vec<A> max_p(static_cast<A>(finite_or_zero(scan.max_p))), max_q(static_cast<A>(finite_or_zero(scan.max_q)));
+  Vec<A> sum_p(A(0)), sum_q(A(0)), dot(A(0)), infinite(A(0));
+  for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    const Vec<A> t = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
+    const Vec<A> a = (t - max_p) * inv_t, b = (s - max_q) * inv_t;
+    const Vec<A> x = exp_of(a), y = exp_of(b);
+    sum_p = sum_p + x, sum_q = sum_q + y;
+    if constexpr (kMasked || std::is_same_v<decltype(count), int>) {
+      const Vec<A> hole = (s == lowest) & (t > lowest);
+      infinite = infinite | hole;
+      dot = dot + select((x > zero) & (s > lowest), x * (a - b), zero);
+    } else {
+      dot = fmadd(x, a - b, dot);
+    }
+    if constexpr (kKeep) {
+      store_lanes<A>(exp_p + i, x, count);
+      if (exp_q != nullptr) store_lanes<A>(exp_q + i, y, count);
+    }
+  });
+  scan.sum_p += sum_of(sum_p), scan.sum_q += sum_of(sum_q), scan.dot += sum_of(dot);
+  scan.infinite = scan.infinite || any(infinite);
+}
+
+template <class A, bool kKeep, class TP, class TQ>
+KlDivScan scan_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t, const Kept<A>& kept) {
+  constexpr double kPlain = std::is_same_v<A, float> ? 1e30 : 1e300;
+  KlDivScan scan;
+  for (int64_t c = first; c < last; c += kChunk) {
+    const int64_t n = std::min(kChunk, last - c);
+    const Extent in_p = extent<A>(p + c, n), in_q = extent<A>(q + c, n);
+    scan.raise(in_p.hi, in_q.hi, inv_t);
+    const bool plain = in_p.lo * inv_t > -kPlain && in_q.lo * inv_t > -kPlain && scan.max_p * inv_t < kPlain && scan.max_q * inv_t < kPlain;
+    A* exp_p = kKeep ? kept.exp_p + c : nullptr;
+    A* exp_q = kKeep && kept.exp_q != nullptr ? kept.exp_q + c : nullptr;
+    if (plain) {
+      scan_chunk<A, false, kKeep>(p + c, q + c, n, static_cast<A>(inv_t), scan, exp_p, exp_q);
+    } else {
+      scan_chunk<A, true, kKeep>(p + c, q + c, n, static_cast<A>(inv_t), scan, exp_p, exp_q);
+    }
+    if constexpr (kKeep) kept.max_p[c / kChunk] = scan.max_p, kept.max_q[c / kChunk] = scan.max_q;
+  }
+  return scan;
+}
+
+// e^((max - lse)/T): turns a kept exponential into a probability.
+TD_INLINE double kept_factor(double max, double lse, double inv_t) {
+  return max == -std::numeric_limits<double>::infinity() ? 0 : std::exp((max - lse) * inv_t);
+}
+
+// Sums of the near form over a part of a row. kWant: 0 sums only, 1 also growth = p expm1(-u) for the gradient of Q,
+// 2 also growth = p u for that of P. p comes from kept exponentials (turned into probabilities on the way) or anew.
+template <class A, bool kKeep, int kWant, class TP, class TQ>
+KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t_, const KlDivStat& stat, const Kept<A>& kept,
+                             A* growth) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_)), zero(A(0));
+  const Split<A> centre(stat.mean, stat.mean_lo);
+  const ExpFrom<A> prob(stat.lse_p, inv_t_), grown_prob(stat.lse_p - stat.mean, inv_t_);
+  KlDivCentred sums;
+  for (int64_t c = first; c < last; c += kBlock) {
+    const int64_t n = std::min(kBlock, last - c);
+    const Vec<A> factor(static_cast<A>(kKeep ? kept_factor(kept.max_p[c / kChunk], stat.lse_p, inv_t_) : 0));
+    Vec<A> shift(A(0)), phi(A(0));
+    for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+      const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
+      Vec<A> x;
+      if constexpr (kKeep) {
+        x = load_lanes<A>(kept.exp_p + c + i, count, A(0)) * factor;
+        store_lanes<A>(kept.exp_p + c + i, x, count);
+      } else {
+        x = prob(t);
+      }
+      const Vec<A> u = difference_minus(t, s, centre) * inv_t;
+      const Vec<A> small = is_small(u);
+      const Vec<A> phi_u = phi_small(u);
+      Vec<A> p_phi = x * phi_u, p_u = x * u, p_expm1 = x * (phi_u - u);
+      if (!all(small)) {
+        // p e^-u, from s: right where p is 0 as well. A class of p = 0 adds its share of q, one of p = q = 0 nothing.
+        const Vec<A> grown = grown_prob(s);
+        p_u = select(x > zero, p_u, zero);
+        p_phi = select(small, p_phi, (grown - x) + p_u);
+        p_expm1 = select(small, p_expm1, grown - x);
+      }
+      shift = shift + p_u, phi = phi + p_phi;
+      if constexpr (kWant == 1) store_lanes<A>(growth + c + i, p_expm1, count);
+      if constexpr (kWant == 2) store_lanes<A>(growth + c + i, p_u, count);
+    });
+    sums.shift += sum_of(shift), sums.phi += sum_of(phi);
+  }
+  return sums;
+}
+
+// 1/T as the arithmetic has it. Everything that scales by T uses this one: two roundings of 1/T that differ would leave
+// probabilities whose sum is not 1 by that much times the logarithm of the number of classes.
+template <class A>
+TD_INLINE double inverse_temperature(double t) {
+  return static_cast<double>(static_cast<A>(1 / t));
+}
+
+// The statistics of one row, and with kWant what its gradient needs, in kept (and growth where the near form ran).
+template <class A, bool kKeep, int kWant, class TP, class TQ>
+KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept, A* growth, KlDivCentred& centred) {
+  const double inv_t = inverse_temperature<A>(t);
+  t = 1 / inv_t;
+  const int64_t segments = segment_count(classes, columns);
+  KlDivScan scan;
+  if (segments == 1) {
+    scan = scan_columns<A, kKeep>(p, q, 0, classes, inv_t, kept);
+  } else {
+    const auto parts = std::make_unique<KlDivScan[]>(static_cast<size_t>(segments));
+    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan_columns<A, kKeep>(p, q, first, last, inv_t, kept); });
+    for (int64_t k = 0; k < segments; ++k) scan.merge(parts[k], inv_t);
+  }
+  KlDivStat stat = scan.finish(t);
+  if (!(stat.kl < kKlNear)) return stat;
+  centred = {};
+  if (segments == 1) {
+    centred = centred_columns<A, kKeep, kWant>(p, q, 0, classes, inv_t, stat, kept, growth);
+  } else {
+    const auto parts = std::make_unique<KlDivCentred[]>(static_cast<size_t>(segments));
+    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) {
+      parts[k] = centred_columns<A, kKeep, kWant>(p, q, first, last, inv_t, stat, kept, growth);
+    });
+    for (int64_t k = 0; k < segments; ++k) centred.shift += parts[k].shift, centred.phi += parts[k].phi;
+  }
+  centred.finish(stat, t);
+  return stat;
+}
+
+// The class with more than half of P's mass, and the sums of the other classes' gradients.
+struct Peak {
+  int64_t at = -1;
+  double others_p = 0, others_q = 0;
+
+  void merge(const Peak& other) {
+    at = std::max(at, other.at);
+    others_p += other.others_p, others_q += other.others_q;
+  }
+};
+
+// Gradients of a part of a row from its statistics alone.
+template <class A, class TP, class TQ>
+Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first, int64_t last, double t, const KlDivStat& stat, double coefficient) {
+  const double inv = inverse_temperature<A>(t);
+  const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv)), kl(static_cast<A>(stat.kl));
+  const Split<A> centre(stat.mean, stat.mean_lo);
+  const ExpFrom<A> prob_p(stat.lse_p, inv), prob_q(stat.lse_q, inv);
+  const bool near = stat.kl < kKlNear, infinite = std::isinf(stat.kl);
+  Peak peak;
+  for (int64_t b = first; b < last; b += kChunk) {
+    const int64_t n = std::min(kChunk, last - b);
+    Vec<A> others_p(A(0)), others_q(A(0));
+    for_lanes<A>(n, [&](int64_t j, auto count) __attribute__((always_inline)) {
+      const int64_t i = b + j;
+      // The padding of the tail has no mass.
+      const Vec<A> tv = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
+      const Vec<A> x = prob_p(tv);
+      const Vec<A> u = difference_minus(tv, s, centre) * inv_t;
+      const Vec<A> gp = infinite ? zero : select(x == zero, zero, c * x * u);
+      Vec<A> gq;
+      if (near) {
+        const Vec<A> v = u + kl, small = is_small(v);
+        gq = x * (phi_small(v) - v);
+        if (!all(small)) gq = select(small, gq, prob_q(s) - x);
+      } else {
+        gq = prob_q(s) - x;
+      }
+      gq = c * gq;
+      const Vec<A> top = x > half;
+      if (any(top)) peak.at = i + first_lane(top);
+      others_p = others_p + select(top, zero, gp), others_q = others_q + select(top, zero, gq);
+      // Written last: either may be the storage of its own side.
+      if (grad_p != nullptr) store_lanes<A>(grad_p + i, gp, count);
+      if (grad_q != nullptr) store_lanes<A>(grad_q + i, gq, count);
+    });
+    peak.others_p += sum_of(others_p), peak.others_q += sum_of(others_q);
+  }
+  return peak;
+}
+
+template <class T>
+void fill_zero(T* x, int64_t n) {
+  std::memset(static_cast<void*>(x), 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class A, class TP, class TQ>
+void forward_logits(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    KlDivStat stat{};
+    double loss = 0;
+    if (weight != 0) {
+      KlDivCentred centred;
+      stat = logits_row<A, false, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, Kept<A>{},
+                                     static_cast<A*>(nullptr), centred);
+      loss = weight * stat.kl;
+    }
+    stat.store(k.stat + KlDivStat::kSize * i);
+    store_loss(k, i, loss);
+  });
+}
+
+template <class A, class TP, class TQ>
+void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_p, k.grad_q};
+  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* gp = static_cast<TP*>(y[0]);
+    auto* gq = static_cast<TQ*>(y[1]);
+    if (k.coefficient[i] == 0) {
+      if (gp) fill_zero(gp, k.rows.classes);
+      if (gq) fill_zero(gq, k.rows.classes);
+      return;
+    }
+    const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * i);
+    const auto* p = static_cast<const TP*>(x[0]);
+    const auto* q = static_cast<const TQ*>(x[1]);
+    const int64_t n = k.rows.classes, segments = segment_count(n, columns);
+    const auto parts = std::make_unique<Peak[]>(static_cast<size_t>(segments));
+    for_segments(n, columns, [&](int64_t first, int64_t last, int64_t s) {
+      parts[s] = logits_gradient<A>(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
+    });
+    Peak peak;
+    for (int64_t s = 0; s < segments; ++s) peak.merge(parts[s]);
+    if (peak.at < 0) return;
+    if (gp) gp[peak.at] = static_cast<TP>(static_cast<A>(-peak.others_p));
+    if (gq) gq[peak.at] = static_cast<TQ>(static_cast<A>(-peak.others_q));
+  });
+}
+
+// kQ: the gradient of Q, else that of P; its side has type A.
+template <class A, bool kQ, class TP, class TQ>
+void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, double t, double coefficient, ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
+  KlDivCentred centred;
+  const double inv_t = inverse_temperature<A>(t);
+  stat = logits_row<A, true, kQ ? 1 : 2>(p, q, classes, t, columns, kept, grad, centred);
+  if (!kQ && std::isinf(stat.kl)) {
+    fill_zero(grad, classes);
+    return;
+  }
+  const bool near = stat.kl < kKlNear;
+  // near: grad holds growth. Q: (p expm1(-u) - p E[expm1(-u)]) / E[e^-u]. P: p u - p E[u].
+  const double scale = coefficient * inv_t / (near && kQ ? 1 + centred.growth() : 1);
+  const Vec<A> c(static_cast<A>(scale)), c_far(static_cast<A>(scale * inv_t)), mean(static_cast<A>(kQ ? centred.growth() : centred.shift));
+  const Vec<A> zero(A(0)), half(A(0.5));
+  const Split<A> centre(stat.mean, stat.mean_lo);
+  struct Part {
+    int64_t peak = -1;
+    double others = 0;
+  };
+  const int64_t segments = segment_count(classes, columns);
+  const auto parts = std::make_unique<Part[]>(static_cast<size_t>(segments));
+  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t segment) {
+    Part part;
+    for (int64_t b = first; b < last; b += kChunk) {
+      const int64_t n = std::min(kChunk, last - b), chunk = b / kChunk;
+      Vec<A> others(A(0));
+      // g(offset, count, p) -> the entry. In the near form exp_p holds probabilities already.
+      const Vec<A> to_p(static_cast<A>(near ? 1 : kept_factor(kept.max_p[chunk], stat.lse_p, inv_t)));
+      const auto write = [&](const auto& g) __attribute__((always_inline)) {
+        for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> x = load_lanes<A>(kept.exp_p + b + i, count, A(0)) * to_p;
+          const Vec<A> y = g(i, count, x), top = x > half;
+          if (any(top)) part.peak = b + i + first_lane(top);
+          others = others + select(top, zero, y);
+          store_lanes<A>(grad + b + i, y, count);
+        });
+      };
+      if (near) {
+        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) { return c * (load_lanes<A>(grad + b + i, count, A(0)) - x * mean); });
+      } else if constexpr (kQ) {
+        const Vec<A> to_q(static_cast<A>(kept_factor(kept.max_q[chunk], stat.lse_q, inv_t)));
+        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) { return c * (load_lanes<A>(kept.exp_q + b + i, count, A(0)) * to_q - x); });
+      } else {
+        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+          const Vec<A> t_i = load_lanes<A>(p + b + i, count, A(0)), s = load_lanes<A>(q + b + i, count, A(0));
+          return select(x == zero, zero, c_far * x * difference_minus(t_i, s, centre));
+        });
+      }
+      part.others += sum_of(others);
+    }
+    parts[static_cast<size_t>(segment)] = part;
+  });
+  Part whole;
+  for (int64_t k = 0; k < segments; ++k) {
+    whole.peak = std::max(whole.peak, parts[static_cast<size_t>(k)].peak);
+    whole.others += parts[static_cast<size_t>(k)].others;
+  }
+  if (whole.peak >= 0) grad[whole.peak] = static_cast<A>(-whole.others);
+}
+
+template <class A, class TP, class TQ>
+void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const int64_t n = k.rows.classes, chunks = (n + kChunk - 1) / kChunk;
+  // e^p always; e^q in the gradient's own row while that is not also q's, which the near form reads again.
+  const bool over_input = k.wrt_q && k.grad.data == k.rows.q.data;
+  const auto scratch = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(over_input ? 2 * n : n));
+  const auto maxima = std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * chunks));
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* grad = static_cast<A*>(y[0]);
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    KlDivStat stat{};
+    if (coefficient == 0) {
+      fill_zero(grad, n);
+    } else {
+      const Kept<A> kept{scratch.get(), !k.wrt_q ? nullptr : over_input ? scratch.get() + n : grad, maxima.get(), maxima.get() + chunks};
+      const auto* p = static_cast<const TP*>(x[0]);
+      const auto* q = static_cast<const TQ*>(x[1]);
+      if (k.wrt_q) {
+        value_and_grad_row<A, true>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
+      } else {
+        value_and_grad_row<A, false>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
+      }
+    }
+    stat.store(k.stat + KlDivStat::kSize * i);
+  });
+}
+
+// f.template operator()<A, TP, TQ>() for the types of both sides.
+template <class F>
+void dispatch_types(const KlDivRows& rows, const F& f) {
+  const auto with_q = [&]<class TP>() {
+    switch (rows.q.dtype) {
+      case DType::Half:
+        return f.template operator()<float, TP, c10::Half>();
+      case DType::BFloat16:
+        return f.template operator()<float, TP, c10::BFloat16>();
+      default:
+        return f.template operator()<float, TP, float>();
+    }
+  };
+  switch (rows.p.dtype) {
+    case DType::Double:
+      return f.template operator()<double, double, double>();
+    case DType::Half:
+      return with_q.template operator()<c10::Half>();
+    case DType::BFloat16:
+      return with_q.template operator()<c10::BFloat16>();
+    default:
+      return with_q.template operator()<float>();
+  }
+}
+
+// -- Any space, in double -------------------------------------------------------------------------------------------
+
+using D = Vec<double>;
+
+template <class Count>
+TD_INLINE D load_any(const void* x, DType type, int64_t i, Count count, double fill) {
+  switch (type) {
+    case DType::Double:
+      return load_lanes<double>(static_cast<const double*>(x) + i, count, fill);
+    case DType::Half:
+      return load_lanes<double>(static_cast<const c10::Half*>(x) + i, count, fill);
+    case DType::BFloat16:
+      return load_lanes<double>(static_cast<const c10::BFloat16*>(x) + i, count, fill);
+    default:
+      return load_lanes<double>(static_cast<const float*>(x) + i, count, fill);
+  }
+}
+template <class Count>
+TD_INLINE void store_any(void* y, DType type, int64_t i, D v, Count count) {
+  switch (type) {
+    case DType::Double:
+      return store_lanes<double>(static_cast<double*>(y) + i, v, count);
+    case DType::Half:
+      return store_lanes<double>(static_cast<c10::Half*>(y) + i, v, count);
+    case DType::BFloat16:
+      return store_lanes<double>(static_cast<c10::BFloat16*>(y) + i, v, count);
+    default:
+      return store_lanes<double>(static_cast<float*>(y) + i, v, count);
+  }
+}
+void fill_zero_any(void* y, DType type, int64_t n) {
+  if (y != nullptr) std::memset(y, 0, static_cast<size_t>(n * bytes_of(type)));
+}
+
+// One side's probability and log-probability, whatever it is given in. Padding lanes have p = q = 0.
+struct Side {
+  DType type;
+  int space;
+  D inv_t;
+  Split<double> lse;
+  double padding;
+
+  Side(const RowsIn& rows, int space_, double t, double lse_)
+      : type(rows.dtype), space(space_), inv_t(1 / t), lse(lse_), padding(space_ == kProbs ? 0 : -kInf<double>) {}
+  template <class Count>
+  TD_INLINE void read(const void* x, int64_t i, Count count, D& prob, D& log_prob) const {
+    const D v = load_any(x, type, i, count, padding);
+    if (space == kProbs) {
+      prob = v, log_prob = v.log();
+    } else {
+      log_prob = space == kLogits ? (v - lse.hi) * inv_t : v;
+      prob = log_prob.exp();
+    }
+  }
+};
+
+// log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
+TD_INLINE D log_ratio(const Side& p_side, const Side& q_side, D p, D q, D log_p, D log_q) {
+  D l = log_p - log_q;
+  if (p_side.space == kProbs && q_side.space == kProbs) {
+    const D relative = (p - q) / q, ratio = p / q;
+    l = select((ratio > D(1e-290)) & (ratio < D(1e290)), ratio.log(), l);
+    l = select(relative.abs() < D(0.5), relative.log1p(), l);
+    l = select((p < D(0.0)) | (q < D(0.0)), D(std::numeric_limits<double>::quiet_NaN()), l);
+  }
+  return l;
+}
+
+double any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns) {
+  struct Part {
+    double max = -std::numeric_limits<double>::infinity(), sum = 0;
+  };
+  const double inv_t = 1 / t;
+  const auto scan = [&](int64_t first, int64_t last) {
+    Part part;
+    for (int64_t c = first; c < last; c += kChunk) {
+      const int64_t n = std::min(kChunk, last - c);
+      D hi(-kInf<double>);
+      for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) { hi = max_of(load_any(x, rows.dtype, c + i, count, -kInf<double>), hi); });
+      const double top = std::max(part.max, max_lane(hi));
+      if (top == -std::numeric_limits<double>::infinity()) {
+        // Nothing but -inf so far, unless NaN hides here, which no maximum shows.
+        D nan(0.0);
+        for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          nan = nan + load_any(x, rows.dtype, c + i, count, -kInf<double>).exp();
+        });
+        part.sum += sum_of(nan);
+        continue;
+      }
+      if (top > part.max) part.sum = part.sum == 0 ? 0 : part.sum * std::exp((part.max - top) * inv_t), part.max = top;
+      D sum(0.0);
+      for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+        sum = sum + ((load_any(x, rows.dtype, c + i, count, -kInf<double>) - D(top)) * D(inv_t)).exp();
+      });
+      part.sum += sum_of(sum);
+    }
+    return part;
+  };
+  const int64_t segments = segment_count(classes, columns);
+  Part total;
+  if (segments == 1) {
+    total = scan(0, classes);
+  } else {
+    const auto parts = std::make_unique<Part[]>(static_cast<size_t>(segments));
+    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan(first, last); });
+    for (int64_t k = 0; k < segments; ++k) total.max = std::max(total.max, parts[k].max);
+    for (int64_t k = 0; k < segments; ++k)
+      if (parts[k].sum != 0) total.sum += parts[k].sum * (parts[k].max == total.max ? 1 : std::exp((parts[k].max - total.max) * inv_t));
+  }
+  if (!(total.sum > 0)) return std::numeric_limits<double>::quiet_NaN();
+  return total.max + t * std::log(total.sum);
+}
+
+// Sums f(i, count) -> two vectors over a row, in a fixed order.
+struct Pair {
+  double a = 0, b = 0;
+};
+template <class F>
+Pair sum_columns(int64_t classes, ForEach columns, const F& f) {
+  const auto part = [&](int64_t first, int64_t last) {
+    Pair sums;
+    for (int64_t c = first; c < last; c += kChunk) {
+      D a(0.0), b(0.0);
+      for_lanes<double>(std::min(kChunk, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) { f(c + i, count, a, b); });
+      sums.a += sum_of(a), sums.b += sum_of(b);
+    }
+    return sums;
+  };
+  const int64_t segments = segment_count(classes, columns);
+  if (segments == 1) return part(0, classes);
+  const auto parts = std::make_unique<Pair[]>(static_cast<size_t>(segments));
+  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = part(first, last); });
+  Pair total;
+  for (int64_t k = 0; k < segments; ++k) total.a += parts[k].a, total.b += parts[k].b;
+  return total;
+}
+
+KlDivStat any_row(const KlDivRows& rows, const void* p, const void* q, ForEach columns) {
+  const double t = rows.temperature;
+  KlDivStat stat{};
+  if (rows.p_space == kLogits) stat.lse_p = any_lse(p, rows.p, rows.classes, t, columns);
+  if (rows.q_space == kLogits) stat.lse_q = any_lse(q, rows.q, rows.classes, t, columns);
+  const Side p_side(rows.p, rows.p_space, t, stat.lse_p), q_side(rows.q, rows.q_space, t, stat.lse_q);
+  const D zero(0.0), lowest(-kInf<double>);
+  const Pair sums = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& kl, D& mass) __attribute__((always_inline)) {
+    D x, log_x, y, log_y;
+    p_side.read(p, i, count, x, log_x);
+    q_side.read(q, i, count, y, log_y);
+    const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
+    // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
+    const D absent = select((log_x > lowest) & (log_y == lowest), D(kInf<double>), select(log_y.isnan(), log_y, zero));
+    kl = kl + select(x == zero, absent, x * l);
+    mass = mass + x;
+  });
+  stat.kl = sums.a, stat.mean = sums.b;
+  return stat;
+}
+
+// Gradient of KL with respect to each side's entries, before the row's coefficient.
+TD_INLINE D gradient_p(const Side& side, const KlDivStat& stat, D p, D l) {
+  const D zero(0.0);
+  if (side.space == kLogits) {
+    if (std::isinf(stat.kl)) return zero;
+    return select(p == zero, zero, p * (l - D(stat.kl)) * side.inv_t);
+  }
+  const D g = side.space == kProbs ? l + D(1.0) : p * (l + D(1.0));
+  return select(p == zero, zero, g);
+}
+TD_INLINE D gradient_q(const Side& side, const KlDivStat& stat, D p, D q) {
+  const D zero(0.0);
+  if (side.space == kLogits) return (q * D(stat.mean) - p) * side.inv_t;
+  if (side.space == kLogProbs) return zero - p;
+  return select(p == zero, zero, zero - p / q);
+}
+
+void forward_any(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    KlDivStat stat{};
+    if (weight != 0) stat = any_row(k.rows, x[0], x[1], columns);
+    stat.store(k.stat + KlDivStat::kSize * i);
+    const double loss = weight != 0 ? weight * stat.kl : 0;
+    store_loss(k, i, loss);
+  });
+}
+
+void any_gradient(const KlDivRows& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p, const RowsOut& out_q, void* grad_q, const KlDivStat& stat,
+                  double coefficient, ForEach columns) {
+  if (coefficient == 0) {
+    fill_zero_any(grad_p, out_p.dtype, rows.classes);
+    fill_zero_any(grad_q, out_q.dtype, rows.classes);
+    return;
+  }
+  const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p), q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q);
+  const D c(coefficient);
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+      const int64_t i = first + j;
+      D x, log_x, y, log_y;
+      p_side.read(p, i, count, x, log_x);
+      q_side.read(q, i, count, y, log_y);
+      const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
+      if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * gradient_p(p_side, stat, x, l), count);
+      if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * gradient_q(q_side, stat, x, y), count);
+    });
+  });
+}
+
+void backward_any(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_p, k.grad_q};
+  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    any_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1], KlDivStat::load(k.stat + KlDivStat::kSize * i), k.coefficient[i], columns);
+  });
+}
+
+void value_and_grad_any(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  const RowsOut unwanted{};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    KlDivStat stat{};
+    if (coefficient != 0) stat = any_row(k.rows, x[0], x[1], columns);
+    stat.store(k.stat + KlDivStat::kSize * i);
+    if (k.wrt_q) {
+      any_gradient(k.rows, x[0], x[1], unwanted, nullptr, k.grad, y[0], stat, coefficient, columns);
+    } else {
+      any_gradient(k.rows, x[0], x[1], k.grad, y[0], unwanted, nullptr, stat, coefficient, columns);
+    }
+  });
+}
+
+// With dots for derivatives along (v_p, v_q):  (log p). = (v - <p,v>)/T | v | v/p  for logits | log_probs | probs,
+// p. = p (log p). (v for probs), l. = (log p). - (log q)., and
+//   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
+//   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
+// KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
+void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out, ForEach columns) {
+  const KlDivRows& rows = k.rows;
+  const KlDivStat stat = KlDivStat::load(k.stat + KlDivStat::kSize * row);
+  const double t = rows.temperature, coefficient = k.coefficient[row];
+  const bool both_logits = rows.from_logits();
+  const double mass = both_logits ? 1 : stat.mean;
+  const KlDivStat flat{stat.lse_p, stat.lse_q, mass, 0, stat.kl};
+  const Side p_side(rows.p, rows.p_space, t, stat.lse_p), q_side(rows.q, rows.q_space, t, stat.lse_q);
+  const Split<double> centre(stat.mean, stat.mean_lo);
+  const D zero(0.0), kl(stat.kl), inv_t(1 / t);
+  const auto read = [&](int64_t i, auto count, D& p, D& q, D& l, D& v_p, D& v_q) __attribute__((always_inline)) {
+    D log_p, log_q;
+    p_side.read(in[0], i, count, p, log_p);
+    q_side.read(in[1], i, count, q, log_q);
+    l = log_ratio(p_side, q_side, p, q, log_p, log_q);
+    if (both_logits)  // l = u + KL, u from the exact difference
+      l = difference_minus(load_any(in[0], rows.p.dtype, i, count, 0.0), load_any(in[1], rows.q.dtype, i, count, 0.0), centre) * inv_t + kl;
+    v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
+    v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
+  };
+  const Pair means = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
+    D p, q, l, v_p, v_q;
+    read(i, count, p, q, l, v_p, v_q);
+    a = a + (p_side.space == kProbs ? v_p : p * v_p);
+    b = b + (q_side.space == kProbs ? v_q : q * v_q);
+  });
+  const Pair dots = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
+    D p, q, l, v_p, v_q;
+    read(i, count, p, q, l, v_p, v_q);
+    D g_q = gradient_q(q_side, flat, p, q);
+    if (both_logits) g_q = select(l.abs() < D(0.5), p * (zero - l).expm1() * inv_t, g_q);  // q - p, near
+    a = a + select(v_p == zero, zero, v_p * gradient_p(p_side, flat, p, l));
+    b = b + select(v_q == zero, zero, v_q * g_q);
+  });
+  const double kl_dot = dots.a + dots.b;
+  if (k.d_coefficient != nullptr) k.d_coefficient[row] = kl_dot;
+  if (coefficient == 0) {
+    fill_zero_any(out[0], k.d_p.dtype, rows.classes);
+    fill_zero_any(out[1], k.d_q.dtype, rows.classes);
+    return;
+  }
+  if (out[0] == nullptr && out[1] == nullptr) return;
+  const D c(coefficient), mean_p(means.a), mean_q(means.b), one(1.0);
+  const D mass_dot(p_side.space == kLogits ? 0 : means.a);
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+      const int64_t i = first + j;
+      D p, q, l, v_p, v_q;
+      read(i, count, p, q, l, v_p, v_q);
+      const D none_p = p == zero, none_q = q == zero;
+      D log_p_dot = p_side.space == kLogits ? (v_p - mean_p) * inv_t : p_side.space == kProbs ? v_p / p : v_p;
+      log_p_dot = select(none_p, zero, log_p_dot);
+      const D p_dot = p_side.space == kProbs ? v_p : p * log_p_dot;
+      D log_q_dot = q_side.space == kLogits ? (v_q - mean_q) * inv_t : q_side.space == kProbs ? v_q / q : v_q;
+      log_q_dot = select(none_q, zero, log_q_dot);
+      const D l_dot = log_p_dot - log_q_dot;
+      if (out[0] != nullptr) {
+        D h;
+        if (p_side.space == kLogits) {
+          h = std::isinf(stat.kl) ? zero : (p_dot * (l - kl) + p * (l_dot - D(kl_dot))) * inv_t;
+        } else if (p_side.space == kLogProbs) {
+          h = p_dot * (l + one) + p * l_dot;
+        } else {
+          h = l_dot;
+        }
+        store_any(out[0], k.d_p.dtype, i, c * select(none_p, zero, h), count);
+      }
+      if (out[1] != nullptr) {
+        D h;
+        if (q_side.space == kLogits) {
+          h = (q * (log_q_dot * D(mass) + mass_dot) - p_dot) * inv_t;
+        } else if (q_side.space == kLogProbs) {
+          h = zero - p_dot;
+        } else {
+          h = select(none_q, zero, (p * log_q_dot - p_dot) / q);
+        }
+        store_any(out[1], k.d_q.dtype, i, c * h, count);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void kl_div_forward(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
+  if (!k.rows.from_logits()) return forward_any(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { forward_logits<A, TP, TQ>(k, begin, end, columns); });
+}
+
+void kl_div_backward(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  if (!k.rows.from_logits()) return backward_any(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { backward_logits<A, TP, TQ>(k, begin, end, columns); });
+}
+
+void kl_div_value_and_grad(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  if (!k.rows.from_logits()) return value_and_grad_any(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
+}
+
+void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q, k.v_p, k.v_q};
+  const RowsOut out[] = {k.d_p, k.d_q};
+  RowTiles<4, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) { double_backward_row(k, i, x, y, columns); });
+}
+
+}  // namespace torch_divergence::cpu::CPU_CAPABILITY

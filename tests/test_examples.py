@@ -1,0 +1,68 @@
+"""The examples and the benchmark in a quick form: the claims they check hold, and the two languages agree."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch_divergence as td
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ("teacher", "student alone", "student distilled")
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def figures(output: str) -> dict[str, float]:
+    """The accuracies that the program prints at its end, in per cent."""
+    return {name: float(re.search(rf"^{name} ([\d.]+) %$", output, re.M)[1]) for name in FIGURES}
+
+
+@pytest.fixture(scope="module")
+def python_distillation(tmp_path_factory) -> tuple[str, Path]:
+    picture = tmp_path_factory.mktemp("distillation") / "curves.png"
+    return run(sys.executable, ROOT / "examples/python/distillation.py", "--quick", "--picture", picture), picture
+
+
+def test_python_distillation(python_distillation):
+    output, picture = python_distillation
+    accuracy = figures(output)
+    assert accuracy["teacher"] >= 97
+    gain, low, high = map(
+        float, re.search(r"^gain (\S+) points, 95 % interval \[(\S+), (\S+)\], 5 seeds$", output, re.M).groups()
+    )
+    assert 0 < low < gain < high
+    assert gain == pytest.approx(accuracy["student distilled"] - accuracy["student alone"], abs=0.011)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cpp_distillation(python_distillation):
+    """Built as a user would, with find_package and what the Python package ships."""
+    build = ROOT / "build" / "examples-with-package"
+    options = ("-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={sys.executable}")
+    run("cmake", "-S", ROOT / "examples/cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={td.cmake_prefix_path}", *options)
+    run("cmake", "--build", build)
+    accuracy = figures(run(build / "distillation", "--quick"))
+    assert accuracy["teacher"] >= 97
+    expected = figures(python_distillation[0])
+    assert accuracy == pytest.approx(expected, abs=1.0), (accuracy, expected)
+
+
+def test_benchmark():
+    """One round on one small shape: every contender runs, and what is timed computes the right gradient."""
+    contenders = ["copy_", "td", "td, in place", "eager"]
+    config = {"cases": [[128, 1024, "float32"]], "contenders": contenders, "rounds": 1, "all_gradients": True}
+    result = json.loads(run(sys.executable, ROOT / "benchmarks/kl_div.py", "--worker", json.dumps(config)))
+    (times,), (errors,) = result["times"], result["errors"]
+    assert len(times) == 1 + 3 * 4
+    assert min(times.values()) > 0
+    assert len(errors) == 3 * 4
+    assert max(errors.values()) < 1e-4
