@@ -1,8 +1,9 @@
 """The table that the test files run over: one `Loss` per loss of the library.
 
 A loss brings three independent descriptions of itself:
-`rows` is textbook ATen in float64, differentiable to any order; `exact` is NumPy in extended precision, accurate at every scale, with
-the gradients and the error that API.md allows; `mp_row` is one row by mpmath. The tests derive the rest (reductions, weights, dims) once for all.
+`rows` is textbook ATen in float64, differentiable to any order; `exact` is NumPy in extended precision, accurate at
+every scale, with the gradients and the error that is allowed; `mp_row` is one row by mpmath. The rest (reductions,
+weights, dims) is derived from them here, once for all losses.
 """
 
 import json
@@ -16,17 +17,16 @@ from typing import Any
 import mpmath
 import numpy as np
 import torch
-from torch import Tensor
-
 import torch_divergence as td
+from torch import Tensor
 
 SPACES = ("logits", "log_probs", "probs")
 DIRECTIONS = ("forward", "reverse")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPS = torch.ops.torch_divergence
 
-# Norm-wise error a row for logits: of the value relative to the value, of a gradient relative to the row's largest entry. Half types
-# are computed in float32.
+# Norm-wise error a row for logits: of the value relative to the value, of a gradient relative to the row's largest
+# entry. Half types are computed in float32.
 ROW_ACCURACY = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 
 Options = dict[str, Any]
@@ -42,8 +42,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 class Exact:
     """Values and gradients of a batch of rows, class dim last.
 
-    `terms` is None where the error of a value is relative to the value itself, else the sum of the sizes of its terms, of which API.md allows 8 ulp.
-    `gradient_scales` are what a gradient's error is relative to: the row's largest entry, or the largest sum of the sizes of an entry's terms.
+    `terms` is None where the error of a value is relative to the value itself, else the sum of the sizes of its terms,
+    of which 8 ulp are allowed. `gradient_scales` are what a gradient's error is relative to: the row's largest entry,
+    or the largest sum of the sizes of an entry's terms.
     """
 
     value: Rows
@@ -80,7 +81,9 @@ class Loss:
     operators: Callable[..., Iterator[Operator]]
     json_case: Callable[[dict[str, Any]], "JsonCase"]
     choices: dict[str, tuple[Any, ...]]  # the loss's own options and their values, beyond those that all losses share
-    transforms: tuple[Options, ...]  # the options that gradients, transforms and compilers are tried with; the first for the slowest
+    transforms: tuple[
+        Options, ...
+    ]  # the options that gradients, transforms and compilers are tried with; the first for the slowest
     differentiable: tuple[int, ...] = (0, 1)
     value_and_grad: bool = True
     inplace_grad: bool = True
@@ -141,7 +144,9 @@ class Case:
     def bind(self, **options: Any) -> Callable[..., Tensor]:
         return partial(self, **options)
 
-    def draw(self, *shape: int, dtype: torch.dtype = torch.float64, grad: tuple[int, ...] | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+    def draw(
+        self, *shape: int, dtype: torch.dtype = torch.float64, grad: tuple[int, ...] | None = None, seed: int = 0
+    ) -> tuple[Tensor, ...]:
         """Random inputs; those in `grad` (all that are differentiable unless told otherwise) require grad."""
         grad = self.loss.differentiable if grad is None else grad
         tensors = self.loss.draw(shape, dtype, seed, **self.options)
@@ -163,7 +168,8 @@ class JsonCase:
     hvp: tuple[list[list[float]], ...] = ()
 
 
-# KL(P || Q) = sum p (log p - log q), p and q free where they are given as probabilities; see API.md for zeros and infinities.
+# KL(P || Q) = sum p (log p - log q), p and q free where they are given as probabilities. Zeros and infinities are
+# treated as the documentation of kl_div says.
 
 
 def _sides(options: Options) -> tuple[tuple[int, int], tuple[str, str]]:
@@ -200,7 +206,7 @@ def kl_rows(*tensors: Tensor, temperature: float = 1.0, **options: Any) -> Tenso
 
 
 def _log_softmax(x: Rows) -> Rows:
-    """With log1p of the sum without its largest term, so that a row of nearly one class keeps the digits of the others."""
+    """By log1p of the sum without its largest term: a row of nearly one class keeps the digits of the others."""
     if x.shape[-1] == 0:
         return x
     top = x.argmax(-1, keepdims=True)
@@ -224,8 +230,8 @@ def _kl_exact(*tensors: Rows, temperature: float, **options: Any) -> Exact:
     (i, j), (p_space, q_space) = _sides(options)
     p_given, q_given = tensors[i], tensors[j]
     scale = np.longdouble(temperature)
-    log = {"logits": lambda x: _log_softmax(x / scale), "log_probs": lambda x: x, "probs": np.log}
-    log_p, log_q = log[p_space](p_given), log[q_space](q_given)
+    to_log = {"logits": lambda x: _log_softmax(x / scale), "log_probs": lambda x: x, "probs": np.log}
+    log_p, log_q = to_log[p_space](p_given), to_log[q_space](q_given)
     p = p_given if p_space == "probs" else np.exp(log_p)
     q = q_given if q_space == "probs" else np.exp(log_q)
     ratio = log_p - log_q
@@ -248,18 +254,22 @@ def _kl_exact(*tensors: Rows, temperature: float, **options: Any) -> Exact:
     else:
         value = (p * ratio).sum(-1)
         q_minus_p = q * p.sum(-1, keepdims=True) - p
-        # log-softmax is a difference of numbers of size 1 and more, even where it is nearly 0
-        sizes = [np.abs(x) + (s == "logits") for x, s in ((log_p, p_space), (log_q, q_space))]
+        # the terms of a logarithm from logits are the logit and the row's logsumexp
+        sizes = [
+            np.abs(x / scale) + np.abs(x / scale - log) if space == "logits" else np.abs(log)
+            for x, log, space in ((p_given, log_p, p_space), (q_given, log_q, q_space))
+        ]
         parts = np.abs(p * ratio) if p_space == q_space else _times(p, sizes[0]) + _times(p, sizes[1])
         terms = np.abs(parts).sum(-1)
 
     infinite = (np.isposinf(value))[..., None]
     if p_space == "logits":
-        grad_p = np.where(infinite | ((p == 0) & ~np.isnan(p)), 0, p * (ratio - value[..., None])) / scale
-        # the entries sum to 0; the largest class's, where ratio and value may be all but equal, is known best by the others
-        top = p.argmax(-1, keepdims=True) if p.size else np.zeros((*p.shape[:-1], 1), dtype=int)
-        np.put_along_axis(grad_p, top, 0 * np.take_along_axis(grad_p, top, -1), -1)
-        np.put_along_axis(grad_p, top, np.take_along_axis(grad_p, top, -1) - grad_p.sum(-1, keepdims=True), -1)
+        # ratio - value, without the error of the normalisers that all ratios of a row share
+        centred = ratio - (p * ratio).sum(-1, keepdims=True)
+        grad_p = np.where(infinite | (p == 0), 0, p * centred) / scale
+        # the entries sum to 0, and where p is nearly 1, that class's is known best by the others
+        others = np.where(p > 0.5, 0, grad_p).sum(-1, keepdims=True)
+        grad_p = np.where(p > 0.5, -others, grad_p)
     else:
         grad_p = np.where(p == 0, 0, (1 if p_space == "probs" else p) * (ratio + 1))
     if q_space == "logits":
@@ -308,7 +318,10 @@ def kl_mp_row(*rows: list[float], temperature: float = 1.0, **options: Any) -> t
         if p_space == "logits":
             grad_p = [a * (b - value) / temperature for a, b in zip(p, ratio, strict=True)]
         else:
-            grad_p = [((1 if p_space == "probs" else a) * (b + 1)) if a else mpmath.mpf(0) for a, b in zip(p, ratio, strict=True)]
+            grad_p = [
+                ((1 if p_space == "probs" else a) * (b + 1)) if a else mpmath.mpf(0)
+                for a, b in zip(p, ratio, strict=True)
+            ]
         if q_space == "logits":
             mass = mpmath.fsum(p)
             grad_q = [(b * mass - a) / temperature for a, b in zip(p, q, strict=True)]
@@ -321,12 +334,25 @@ def kl_mp_row(*rows: list[float], temperature: float = 1.0, **options: Any) -> t
 
 def to_space(logits: Tensor, space: str) -> Tensor:
     """The distribution of `logits` in another space."""
-    return {"logits": lambda x: x.clone(), "log_probs": lambda x: x.log_softmax(-1), "probs": lambda x: x.softmax(-1)}[space](logits)
+    return {"logits": lambda x: x.clone(), "log_probs": lambda x: x.log_softmax(-1), "probs": lambda x: x.softmax(-1)}[
+        space
+    ](logits)
 
 
-def kl_draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, space: str = "logits", target_space: str | None = None, **_: Any) -> tuple[Tensor, ...]:
+def kl_draw(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    space: str = "logits",
+    target_space: str | None = None,
+    **_: Any,
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(to_space(torch.randn(shape, dtype=torch.float64, generator=generator), s).to(dtype) for s in (space, target_space or space))
+    return tuple(
+        to_space(torch.randn(shape, dtype=torch.float64, generator=generator), s).to(dtype)
+        for s in (space, target_space or space)
+    )
 
 
 def kl_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Operator]:
@@ -353,9 +379,17 @@ def kl_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Ope
 def kl_json_case(case: dict[str, Any]) -> JsonCase:
     inputs, options, expected = case["inputs"], case["options"], case["expected"]
     space = options.get("input", "logits")
-    student, teacher = {"logits": ("student_logits", "teacher_logits"), "probs": ("q", "p"), "log_probs": ("log_q", "log_p")}[space]
+    student, teacher = {
+        "logits": ("student_logits", "teacher_logits"),
+        "probs": ("q", "p"),
+        "log_probs": ("log_q", "log_p"),
+    }[space]
     name = {"logits": ("student", "teacher"), "probs": ("q", "p"), "log_probs": ("log_q", "log_p")}[space]
-    call: Options = {"space": space, "direction": options.get("direction", "forward"), "temperature": options.get("temperature", 1.0)}
+    call: Options = {
+        "space": space,
+        "direction": options.get("direction", "forward"),
+        "temperature": options.get("temperature", 1.0),
+    }
     if "labels" in inputs:
         call["row_weight"] = [float(label != options["ignore_index"]) for label in inputs["labels"]]
     return JsonCase(
@@ -407,7 +441,7 @@ def to_numpy(tensor: Tensor) -> Rows:
 
 
 def assert_within(actual: Tensor, expected: Rows, allowed: Rows | float, what: str) -> None:
-    """Equal infinities and NaN, else |actual - expected| <= allowed + the rounding to the type of a half or subnormal number."""
+    """Equal infinities and NaN, else |actual - expected| <= allowed + the rounding of half and subnormal results."""
     info = torch.finfo(actual.dtype)
     got = to_numpy(actual)
     assert got.shape == expected.shape, f"{what}: shape {got.shape}, expected {expected.shape}"
@@ -415,13 +449,18 @@ def assert_within(actual: Tensor, expected: Rows, allowed: Rows | float, what: s
     with np.errstate(all="ignore"):
         bound = allowed + rounding * np.abs(expected) + info.tiny * (1 if rounding == 0 else info.eps)
         overflow = (np.abs(expected) > info.max) & ~np.isnan(expected)
-        same = (got == expected) | (np.isnan(got) & np.isnan(expected)) | (overflow & (got == np.copysign(np.inf, expected)))
+        same = (
+            (got == expected)
+            | (np.isnan(got) & np.isnan(expected))
+            | (overflow & (got == np.copysign(np.inf, expected)))
+        )
         good = same | (np.abs(got - expected) <= bound)
     if not good.all():
         error = np.where(good, 0, np.where(np.isfinite(got - expected), np.abs(got - expected), np.inf))
         at = np.unravel_index(np.argmax(error), error.shape)
-        where = np.broadcast_to(bound, expected.shape)[at]
-        raise AssertionError(f"{what} at {tuple(map(int, at))}: got {got[at]}, expected {expected[at]}, error {error[at]:.3g} > {where:.3g}")
+        limit = np.broadcast_to(bound, expected.shape)[at]
+        place = f"{what} at {tuple(map(int, at))}"
+        raise AssertionError(f"{place}: got {got[at]}, expected {expected[at]}, error {error[at]:.3g} > {limit:.3g}")
 
 
 @dataclass(frozen=True)
@@ -448,7 +487,10 @@ def expect(
     if reduction == "batchmean":
         reduction = "mean"
     dtype = compute_dtype(*tensors)
-    values = [np.moveaxis(to_numpy(t), dim, -1) if t.is_floating_point() else t.numpy() for t in tensors]
+    # contiguous, or the order of summation, and with it what is bit-equal, would depend on the strides
+    values = [
+        np.ascontiguousarray(np.moveaxis(to_numpy(t), dim, -1) if t.is_floating_point() else t.numpy()) for t in tensors
+    ]
     shape = values[0].shape[:-1]
     exact = loss.exact(*values, **options)
     weight = np.broadcast_to(np.longdouble(1) if row_weight is None else to_numpy(row_weight), shape)
@@ -483,7 +525,9 @@ def expect(
     return Expected(np.asarray(value), np.asarray(allowed), tuple(gradients), tuple(errors))
 
 
-def check(loss: Loss, *tensors: Tensor, incoming: float | Tensor = 1.0, **options: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def check(
+    loss: Loss, *tensors: Tensor, incoming: float | Tensor = 1.0, **options: Any
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Call the loss, compare value and the gradients of the tensors that require grad with `exact`, and return both."""
     wanted = [i for i in loss.differentiable if tensors[i].requires_grad]
     value = loss(*tensors, **options)
@@ -505,7 +549,9 @@ def check(loss: Loss, *tensors: Tensor, incoming: float | Tensor = 1.0, **option
         poisoned = np.broadcast_to(np.isnan(want).any(dim, keepdims=True), want.shape)
         if poisoned.any():
             rows = np.isnan(to_numpy(got)).any(dim, keepdims=True)
-            assert np.broadcast_to(rows, want.shape)[poisoned].all(), f"gradient {i}: a row that holds NaN got a gradient without NaN"
+            assert np.broadcast_to(rows, want.shape)[poisoned].all(), (
+                f"gradient {i}: a row that holds NaN got a gradient without NaN"
+            )
             got = torch.where(torch.from_numpy(poisoned.copy()), torch.zeros((), dtype=got.dtype), got)
             want, allowed = np.where(poisoned, 0, want), np.where(poisoned, 0, allowed)
         assert_within(got, want, allowed, f"gradient {i}")

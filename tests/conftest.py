@@ -1,8 +1,21 @@
+import os
+
+# Inductor keeps compiled graphs by the names of operators: graphs of a library built before would be run.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
 import pytest
 import torch
 
+# Of PyTorch about itself: they tell nothing about this library.
+TORCH_WARNINGS = (
+    "ignore:.torch.jit.script. is deprecated",
+    "ignore:Attempted to insert a get_attr Node with no underlying reference",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    for action in ("error", *TORCH_WARNINGS):
+        config.addinivalue_line("filterwarnings", action)
     config.addinivalue_line("markers", "slow: compiles graphs or starts processes; left out locally by -m 'not slow'")
 
 

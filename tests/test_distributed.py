@@ -31,7 +31,9 @@ def train(rank: int, case: int, path: str) -> None:
     for _ in range(3):
         optimizer.zero_grad()
         # DDP averages over the processes: the denominator is the mean number of kept rows
-        loss = SLOW[case](model(x[rows]), teacher[rows], row_weight=keep[rows], normalizer=kept / WORLD, reduction="mean")
+        loss = SLOW[case](
+            model(x[rows]), teacher[rows], row_weight=keep[rows], normalizer=kept / WORLD, reduction="mean"
+        )
         loss.backward()
         optimizer.step()
     torch.save([p.detach() for p in model.parameters()], f"{path}/{rank}.pt")

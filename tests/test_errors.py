@@ -1,4 +1,4 @@
-"""Bad input for every argument: a ValueError that names the argument, what it was and what was expected; on meta tensors too."""
+"""Bad input for every argument: a ValueError that names it, what it was and what was expected; on meta tensors too."""
 
 import math
 import re
@@ -24,33 +24,141 @@ BAD = [
     ("no classes", tensor(3, 0), tensor(3, 0), {}, ["input", "[3, 0]", "at least one"]),
     ("no classes in dim", tensor(0, 3), tensor(0, 3), {"dim": 0}, ["input", "[0, 3]", "at least one"]),
     ("integer input", tensor(3, 5, dtype=torch.int64), tensor(3, 5), {}, ["input", "Long|int64", "float32"]),
-    ("complex input", tensor(3, 5, dtype=torch.complex64), tensor(3, 5), {}, ["input", "ComplexFloat|complex64", "float32"]),
+    (
+        "complex input",
+        tensor(3, 5, dtype=torch.complex64),
+        tensor(3, 5),
+        {},
+        ["input", "ComplexFloat|complex64", "float32"],
+    ),
     ("boolean target", tensor(3, 5), tensor(3, 5, dtype=torch.bool), {}, ["target", "Bool|bool", "float32"]),
-    ("float8 target", tensor(3, 5), torch.empty(3, 5, dtype=torch.float8_e4m3fn), {}, ["target", "loat8_e4m3fn", "float32"]),
-    ("double with single", tensor(3, 5, dtype=torch.float64), tensor(3, 5), {}, ["target", "Double|double|float64", "Float|float32"]),
-    ("half with double", tensor(3, 5, dtype=torch.float16), tensor(3, 5, dtype=torch.float64), {}, ["target", "Half|float16", "Double|double|float64"]),
-    ("space", tensor(3, 5), tensor(3, 5), {"space": "logit"}, ["space", '"logit"', '"logits"', '"log_probs"', '"probs"']),
-    ("target_space", tensor(3, 5), tensor(3, 5), {"target_space": "prob"}, ["target_space", '"prob"', '"logits"', '"log_probs"', '"probs"']),
+    (
+        "float8 target",
+        tensor(3, 5),
+        torch.empty(3, 5, dtype=torch.float8_e4m3fn),
+        {},
+        ["target", "loat8_e4m3fn", "float32"],
+    ),
+    (
+        "double with single",
+        tensor(3, 5, dtype=torch.float64),
+        tensor(3, 5),
+        {},
+        ["target", "Double|double|float64", "Float|float32"],
+    ),
+    (
+        "half with double",
+        tensor(3, 5, dtype=torch.float16),
+        tensor(3, 5, dtype=torch.float64),
+        {},
+        ["target", "Half|float16", "Double|double|float64"],
+    ),
+    (
+        "space",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"space": "logit"},
+        ["space", '"logit"', '"logits"', '"log_probs"', '"probs"'],
+    ),
+    (
+        "target_space",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"target_space": "prob"},
+        ["target_space", '"prob"', '"logits"', '"log_probs"', '"probs"'],
+    ),
     ("zero temperature", tensor(3, 5), tensor(3, 5), {"temperature": 0.0}, ["temperature", "0", "positive"]),
     ("negative temperature", tensor(3, 5), tensor(3, 5), {"temperature": -2.0}, ["temperature", "-2", "positive"]),
     ("infinite temperature", tensor(3, 5), tensor(3, 5), {"temperature": math.inf}, ["temperature", "inf", "finite"]),
     ("NaN temperature", tensor(3, 5), tensor(3, 5), {"temperature": math.nan}, ["temperature", "nan", "finite"]),
-    ("temperature without logits", tensor(3, 5), tensor(3, 5), {"space": "probs", "temperature": 2.0}, ["temperature", "2", "1", "logits"]),
+    (
+        "temperature without logits",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"space": "probs", "temperature": 2.0},
+        ["temperature", "2", "1", "logits"],
+    ),
     ("dim above", tensor(3, 5), tensor(3, 5), {"dim": 2}, ["dim", "2", "-2", "1"]),
     ("dim below", tensor(3, 5), tensor(3, 5), {"dim": -3}, ["dim", "-3", "-2", "1"]),
-    ("reduction", tensor(3, 5), tensor(3, 5), {"reduction": "avg"}, ["reduction", '"avg"', '"mean"', '"sum"', '"none"']),
-    ("batchmean of three dimensions", tensor(2, 3, 5), tensor(2, 3, 5), {"reduction": "batchmean"}, ["batchmean", '"mean"', "normalizer=input.size(0)"]),
-    ("batchmean with weights", tensor(3, 5), tensor(3, 5), {"reduction": "batchmean", "row_weight": tensor(3)}, ["batchmean", '"mean"', "row_weight"]),
+    (
+        "reduction",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"reduction": "avg"},
+        ["reduction", '"avg"', '"mean"', '"sum"', '"none"'],
+    ),
+    (
+        "batchmean of three dimensions",
+        tensor(2, 3, 5),
+        tensor(2, 3, 5),
+        {"reduction": "batchmean"},
+        ["batchmean", '"mean"', "normalizer=input.size(0)"],
+    ),
+    (
+        "batchmean with weights",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"reduction": "batchmean", "row_weight": tensor(3)},
+        ["batchmean", '"mean"', "row_weight"],
+    ),
     ("weight shape", tensor(3, 5), tensor(3, 5), {"row_weight": tensor(4)}, ["row_weight", "[4]", "[3]"]),
     ("weight as the input", tensor(3, 5), tensor(3, 5), {"row_weight": tensor(3, 5)}, ["row_weight", "[3, 5]", "[3]"]),
-    ("weight with a row too many", tensor(2, 3, 5), tensor(2, 3, 5), {"row_weight": tensor(1, 2, 3)}, ["row_weight", "[1, 2, 3]", "[2, 3]"]),
-    ("integer weight", tensor(3, 5), tensor(3, 5), {"row_weight": tensor(3, dtype=torch.int64)}, ["row_weight", "Long|int64", "bool"]),
-    ("complex weight", tensor(3, 5), tensor(3, 5), {"row_weight": tensor(3, dtype=torch.complex64)}, ["row_weight", "ComplexFloat|complex64", "bool"]),
-    ("weight that requires grad", tensor(3, 5), tensor(3, 5), {"row_weight": tensor(3, requires_grad=True)}, ["row_weight", "grad", 'reduction="none"']),
-    ("normalizer of a sum", tensor(3, 5), tensor(3, 5), {"reduction": "sum", "normalizer": tensor()}, ["normalizer", "sum", "mean"]),
-    ("normalizer of rows", tensor(3, 5), tensor(3, 5), {"reduction": "none", "normalizer": tensor()}, ["normalizer", "none", "mean"]),
-    ("normalizer shape", tensor(3, 5), tensor(3, 5), {"normalizer": tensor(3)}, ["normalizer", "[3]", "0-dim|scalar|number"]),
-    ("normalizer that requires grad", tensor(3, 5), tensor(3, 5), {"normalizer": tensor(requires_grad=True)}, ["normalizer", "grad", 'reduction="none"']),
+    (
+        "weight with a row too many",
+        tensor(2, 3, 5),
+        tensor(2, 3, 5),
+        {"row_weight": tensor(1, 2, 3)},
+        ["row_weight", "[1, 2, 3]", "[2, 3]"],
+    ),
+    (
+        "integer weight",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"row_weight": tensor(3, dtype=torch.int64)},
+        ["row_weight", "Long|int64", "bool"],
+    ),
+    (
+        "complex weight",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"row_weight": tensor(3, dtype=torch.complex64)},
+        ["row_weight", "ComplexFloat|complex64", "bool"],
+    ),
+    (
+        "weight that requires grad",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"row_weight": tensor(3, requires_grad=True)},
+        ["row_weight", "grad", 'reduction="none"'],
+    ),
+    (
+        "normalizer of a sum",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"reduction": "sum", "normalizer": tensor()},
+        ["normalizer", "sum", "mean"],
+    ),
+    (
+        "normalizer of rows",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"reduction": "none", "normalizer": tensor()},
+        ["normalizer", "none", "mean"],
+    ),
+    (
+        "normalizer shape",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"normalizer": tensor(3)},
+        ["normalizer", "[3]", "0-dim|scalar|number"],
+    ),
+    (
+        "normalizer that requires grad",
+        tensor(3, 5),
+        tensor(3, 5),
+        {"normalizer": tensor(requires_grad=True)},
+        ["normalizer", "grad", 'reduction="none"'],
+    ),
 ]
 
 # Errors in values, which meta tensors cannot show.
@@ -79,7 +187,10 @@ def check_message(error, loss, words):
 @pytest.mark.parametrize("device", ("cpu", "meta"))
 @pytest.mark.parametrize("input, target, options, words", [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_argument(loss, device, input, target, options, words):
-    options = {k: v.to(device).detach().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {
+        k: v.to(device).detach().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
+        for k, v in options.items()
+    }
     with pytest.raises(ValueError) as error:
         loss(input.to(device), target.to(device), **options)
     check_message(error, loss, words)

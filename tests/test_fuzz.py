@@ -1,4 +1,4 @@
-"""Random calls: each is compared with the exact result, value and gradients, or must be refused by a ValueError that names the argument.
+"""Random calls: value and gradients are compared with exact ones, or a ValueError must name the argument at fault.
 
 10^4 calls a loss, the same ones in every run; TD_FUZZ_CASES=100000 tries as many others, drawn afresh.
 """
@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, LOSSES, ROW_ACCURACY, check, compute_dtype, to_numpy, to_space
+from cases import DTYPES, LOSSES, check, to_space
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +22,29 @@ fuzzed = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-losses = pytest.mark.parametrize("loss", [loss for loss in LOSSES if {"space", "target_space"} <= loss.choices.keys()], ids=lambda loss: loss.name)
+losses = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if {"space", "target_space"} <= loss.choices.keys()], ids=lambda loss: loss.name
+)
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "offset")
-SPECIALS = ("", "", "", "", "masked in both", "student masked", "teacher masked", "all masked", "nan", "inf", "negative", "close", "equal", "shifted")
+SPECIALS = (
+    "",
+    "",
+    "",
+    "",
+    "masked in both",
+    "student masked",
+    "teacher masked",
+    "all masked",
+    "nan",
+    "inf",
+    "negative",
+    "close",
+    "equal",
+    "shifted",
+)
+
+INFINITIES = {"student masked", "teacher masked", "all masked", "nan", "inf", "negative"}
 
 # What a call in about ten has wrong, besides the combinations that are.
 FAULTS = (
@@ -92,11 +111,19 @@ def build(call):
     dtypes = (call["dtypes"][0], call["dtypes"][1] or call["dtypes"][0])
     spaces = (call["options"]["space"], call["options"]["target_space"])
     shape = (*leading, classes)
-    logits = torch.from_numpy(rng.standard_normal((2, *shape))) * call["scale"]
+    scale = call["scale"]
+    if torch.float64 not in dtypes and "logits" in spaces and 0 < call["temperature"] < math.inf:
+        # logits further apart round exp's argument in single precision by more than the accuracy
+        scale = min(scale, 4 * call["temperature"])
+    logits = torch.from_numpy(rng.standard_normal((2, *shape))) * scale
     special = call["special"]
     if special in ("close", "equal", "shifted"):
-        logits[0] = logits[1] + (0 if special == "equal" else 10.0 ** rng.uniform(-6, -1) * torch.from_numpy(rng.standard_normal(shape)))
-    single = [x.to(dtype).double() if space == "logits" else x for x, space, dtype in zip(logits, spaces, dtypes, strict=True)]
+        logits[0] = logits[1] + (
+            0 if special == "equal" else 10.0 ** rng.uniform(-6, -1) * torch.from_numpy(rng.standard_normal(shape))
+        )
+    single = [
+        x.to(dtype).double() if space == "logits" else x for x, space, dtype in zip(logits, spaces, dtypes, strict=True)
+    ]
     tensors = [to_space(x, space) if classes else x for x, space in zip(single, spaces, strict=True)]
     if special == "shifted" and spaces[0] == "logits":
         tensors[0] = tensors[0] + 64
@@ -120,7 +147,10 @@ def build(call):
         elif special == "negative" and spaces[side] == "probs":
             tensors[side][(*row, column)] = -0.25
     wrapped = dim if -dims <= dim < dims else -1
-    tensors = [lay_out(t.to(dtype).movedim(-1, wrapped), layout) for t, dtype, layout in zip(tensors, dtypes, call["layouts"], strict=True)]
+    tensors = [
+        lay_out(t.to(dtype).movedim(-1, wrapped), layout)
+        for t, dtype, layout in zip(tensors, dtypes, call["layouts"], strict=True)
+    ]
     tensors = [t.detach().requires_grad_(i in call["sides"]) for i, t in enumerate(tensors)]
 
     reduction, temperature = call["reduction"], call["temperature"]
@@ -151,21 +181,20 @@ def build(call):
         refused.add("normalizer")
     if call["weight"] == "wrong shape" or (call["weight"] == "negative" and weight.numel()):
         refused.add("row_weight")
-    options = {**call["options"], "temperature": temperature, "dim": dim, "reduction": reduction, "row_weight": weight, "normalizer": normalizer}
+    options = {
+        **call["options"],
+        "temperature": temperature,
+        "dim": dim,
+        "reduction": reduction,
+        "row_weight": weight,
+        "normalizer": normalizer,
+    }
     return tensors, options, refused
-
-
-def is_borderline(tensors, options):
-    """Two cases where single precision may differ by right: a class that underflows to 0 in one type only, beside a zero of the other side,
-    and a scale at which exp's argument is rounded by more than the accuracy promised."""
-    values = [to_numpy(t.detach().movedim(options["dim"], -1)) for t in tensors]
-    spread = max((np.ptp(np.where(np.isfinite(v), v, 0), axis=-1).max(initial=0) for v in values), default=0) / options["temperature"]
-    return compute_dtype(*tensors) == torch.float32 and spread > 60
 
 
 @losses
 def test_random_calls(loss):
-    counts = {"compared": 0, "refused": 0, "borderline": 0}
+    counts = {"compared": 0, "refused": 0}
 
     @fuzzed
     @given(call=calls(loss))
@@ -178,16 +207,10 @@ def test_random_calls(loss):
             assert loss.name in message and any(name in message for name in refused), message
             counts["refused"] += 1
             return
-        if is_borderline(tensors, options):
-            counts["borderline"] += 1
-            loss(*tensors, **options)
-            return
-        # whether NaN times an incoming 0 is NaN depends on when they are multiplied
-        incoming = call["incoming"] if call["special"] not in ("nan", "inf", "negative", "all masked", "student masked", "teacher masked") else call["incoming"] or 1.0
+        # whether NaN or infinity times an incoming 0 is NaN depends on when they are multiplied
+        incoming = call["incoming"] or (1.0 if call["special"] in INFINITIES else 0.0)
         check(loss, *tensors, incoming=incoming, **options)
         counts["compared"] += 1
 
     run()
-    print(counts)
-    assert counts["compared"] > CASES / 4 and counts["refused"] > CASES / 10 and counts["borderline"] < CASES / 10
-    assert ROW_ACCURACY[torch.float32] == 2e-6
+    assert counts["compared"] > CASES / 4 and counts["refused"] > CASES / 10

@@ -28,7 +28,9 @@ def test_second_order(case):
 
 @all_options
 def test_forward_over_reverse(case):
-    assert gradgradcheck(case, case.draw(2, 4), check_fwd_over_rev=True, check_rev_over_rev=False, check_undefined_grad=False)
+    assert gradgradcheck(
+        case, case.draw(2, 4), check_fwd_over_rev=True, check_rev_over_rev=False, check_undefined_grad=False
+    )
 
 
 @all_options
@@ -50,7 +52,9 @@ def test_fourth_order_of_the_reference(case):
 
     inputs = case.draw(2, 4)
     for order in (1, 2, 3, 4):
-        torch.testing.assert_close(nested(case, inputs, order), nested(case.reference, inputs, order), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            nested(case, inputs, order), nested(case.reference, inputs, order), rtol=1e-9, atol=1e-9
+        )
 
 
 @all_options
@@ -74,7 +78,11 @@ def test_one_side_of_a_reduced_loss(case, reduction):
 def test_through_weights_and_layouts(case):
     weight = torch.tensor([[0.5, 0.0], [2.0, 1.0], [1.0, 0.25]], dtype=torch.float64)
     inputs = case.draw(3, 2, 4)
-    for options in ({"row_weight": weight}, {"row_weight": weight, "reduction": "mean"}, {"row_weight": weight > 0, "reduction": "mean", "normalizer": 3.0}):
+    for options in (
+        {"row_weight": weight},
+        {"row_weight": weight, "reduction": "mean"},
+        {"row_weight": weight > 0, "reduction": "mean", "normalizer": 3.0},
+    ):
         f = case.bind(**options)
         assert gradcheck(f, inputs, check_forward_ad=True)
         assert gradgradcheck(f, inputs)

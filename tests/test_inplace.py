@@ -39,7 +39,12 @@ def test_value_gradient_and_storage(case, grad, dtype, incoming):
 @few
 def test_weights_normalizer_dim_and_poisoned_rows(case):
     weight = torch.tensor([1.0, 0.0, 0.5])
-    for options in ({"row_weight": weight}, {"row_weight": weight > 0}, {"row_weight": weight, "normalizer": 4}, {"row_weight": weight, "reduction": "sum"}):
+    for options in (
+        {"row_weight": weight},
+        {"row_weight": weight > 0},
+        {"row_weight": weight, "normalizer": 4},
+        {"row_weight": weight, "reduction": "sum"},
+    ):
         leaves, loss, _, _, _ = step(case, 3, 9, **options)
         loss.backward()
         want = expect(case.loss, *(t.detach() for t in leaves), **{"reduction": "mean", **options}, **case.options)
@@ -129,7 +134,9 @@ def test_torch_func_raises_and_names_it(case):
 def test_compile_raises_and_names_it(case):
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
-        f = torch.compile(lambda a, b: case(a * 1, b, inplace_grad=True, reduction="mean"), fullgraph=True, backend=backend)
+        f = torch.compile(
+            lambda a, b: case(a * 1, b, inplace_grad=True, reduction="mean"), fullgraph=True, backend=backend
+        )
         with pytest.raises(Exception, match="inplace_grad"):
             f(*case.draw(3, 5, grad=(0,)))
 

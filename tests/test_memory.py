@@ -19,7 +19,9 @@ def peak(f):
     with profile(profile_memory=True) as prof:
         result = f()
     now = most = 0
-    for event in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         now += event.nbytes()
         most = max(most, now)
     del result
@@ -41,7 +43,9 @@ def test_peak_of_forward_and_backward(case, dtype):
         for reduction in ("none", "mean"):
             for weight in (None, torch.rand(ROWS)):
                 f = case.bind(reduction=reduction, row_weight=weight)
-                assert peak(lambda f=f, inputs=inputs: f(*inputs)) <= slack + (size if len(sides) == 1 and reduction == "mean" else 0)
+                assert peak(lambda f=f, inputs=inputs: f(*inputs)) <= slack + (
+                    size if len(sides) == 1 and reduction == "mean" else 0
+                )
                 if sides:
                     assert peak(lambda f=f, inputs=inputs: forward_and_backward(f, inputs)) <= slack + size * len(sides)
 
@@ -62,7 +66,10 @@ def test_strided_inputs_are_not_copied(case):
     wide = tuple(t.detach().repeat(1, 2)[:, :CLASSES] for t in case.draw(ROWS, CLASSES, dtype=torch.float32))
     wide[0].requires_grad_()
     assert not wide[0].is_contiguous()
-    assert peak(lambda: forward_and_backward(case, wide, reduction="mean")) <= 4 * wide[0].numel() + ROWS * 1024 + 8 * CLASSES
+    assert (
+        peak(lambda: forward_and_backward(case, wide, reduction="mean"))
+        <= 4 * wide[0].numel() + ROWS * 1024 + 8 * CLASSES
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in ALL_OPTIONS if c.loss.inplace_grad][:1], ids=str)
@@ -101,7 +108,9 @@ print((peak() - before) / (512 * 32000 * 4 / 1024))
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory can be reset on Linux alone")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory can be reset on Linux alone"
+)
 def test_resident_memory():
     """Scratch memory that no profiler sees: the process grows by one gradient."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}

@@ -53,7 +53,10 @@ def test_backward_in_threads(case, threads, reduction, grad):
 def test_threads_accumulate_into_one_leaf(case):
     """Hogwild training: one leaf, as many graphs as threads."""
     leaf, target = case.draw(8, 50, grad=(0,))
-    threads = [threading.Thread(target=lambda: [case(leaf, target, reduction="mean").backward() for _ in range(10)]) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: [case(leaf, target, reduction="mean").backward() for _ in range(10)])
+        for _ in range(4)
+    ]
     for t in threads:
         t.start()
     for t in threads:

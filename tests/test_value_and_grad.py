@@ -1,6 +1,7 @@
-"""The path that computes loss and gradient in one pass: chosen exactly where it may be, and right wherever autograd can take it.
+"""The path that computes loss and gradient in one pass: chosen exactly where it may be, right wherever autograd goes.
 
-It is chosen where one side alone requires grad, the loss is reduced and the tensors are plain CPU ones in single or double precision.
+It is chosen where one side alone requires grad, the loss is reduced and the tensors are plain CPU ones in single or
+double precision.
 """
 
 import functools
@@ -345,7 +346,10 @@ def test_compile(case, backend):
         for shape in ((3, 5), (4, 5), (6, 7)):
             x = case.draw(*shape, grad=sides)
             wanted = [x[i] for i in sides]
-            close(torch.autograd.grad(f(*x), wanted), torch.autograd.grad(case.reference(*x, reduction="mean") * 2, wanted))
+            close(
+                torch.autograd.grad(f(*x), wanted),
+                torch.autograd.grad(case.reference(*x, reduction="mean") * 2, wanted),
+            )
 
 
 @pytest.mark.slow

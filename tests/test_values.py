@@ -1,4 +1,4 @@
-"""Values and gradients against exact ones: every scale, dtype, space, layout, reduction, and at zeros, masks and infinities."""
+"""Values and gradients against exact ones: scales, dtypes, spaces, layouts, reductions, zeros, masks, infinities."""
 
 import math
 
@@ -6,9 +6,22 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from cases import ALL_OPTIONS, DIRECTIONS, DTYPES, LOSSES, ROW_ACCURACY, SPACES, Case, assert_within, check, expect, json_cases, to_numpy, to_space
-
 import torch_divergence as td
+from cases import (
+    ALL_OPTIONS,
+    DIRECTIONS,
+    DTYPES,
+    LOSSES,
+    ROW_ACCURACY,
+    SPACES,
+    Case,
+    assert_within,
+    check,
+    expect,
+    json_cases,
+    to_numpy,
+    to_space,
+)
 
 INF, NAN = math.inf, math.nan
 KL = next(loss for loss in LOSSES if loss.name == "kl_div")
@@ -62,8 +75,12 @@ def test_weights_of_the_reference_file():
     kept = torch.tensor(case.options["row_weight"], dtype=torch.float64)
     weight = torch.tensor([1.0, 0.5, 2.0, 0.25], dtype=torch.float64) * kept
     torch.testing.assert_close(loss(student, teacher, row_weight=kept).item(), 0.7433281590096967, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss(student, teacher, row_weight=weight).item(), 0.42840318280461026, rtol=1e-12, atol=0)
-    torch.testing.assert_close(loss(student, teacher, row_weight=weight, reduction="sum").item(), 0.7497055699080679, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loss(student, teacher, row_weight=weight).item(), 0.42840318280461026, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        loss(student, teacher, row_weight=weight, reduction="sum").item(), 0.7497055699080679, rtol=1e-12, atol=0
+    )
 
 
 @all_options
@@ -79,7 +96,9 @@ def test_mpmath(case):
             exact = case.loss.exact(*map(to_numpy, tensors), **case.options)
             for i in range(3):
                 value, *expected = case.loss.mp_row(*(t[i].tolist() for t in tensors), **case.options)
-                assert abs(exact.value[i] - mp_array([value])[0]) <= 1e-15 * (abs(exact.value[i]) + (0 if exact.terms is None else exact.terms[i]))
+                assert abs(exact.value[i] - mp_array([value])[0]) <= 1e-15 * (
+                    abs(exact.value[i]) + (0 if exact.terms is None else exact.terms[i])
+                )
                 assert_within(rows[i], mp_array([value])[0], exact.allowed(dtype)[i], "value")
                 for n, (got, want) in enumerate(zip(gradients, expected, strict=True)):
                     want = mp_array(want)
@@ -88,17 +107,31 @@ def test_mpmath(case):
 
 # ---- accuracy at every scale, from logits
 
+
+def close_to_mpmath(student, teacher, **options):
+    rows = td.kl_div(student, teacher, reduction="none", **options)
+    gradients = torch.autograd.grad(rows.sum(), (student, teacher))
+    accuracy = ROW_ACCURACY[student.dtype]
+    for i in range(len(rows)):
+        value, *expected = KL.mp_row(student[i].tolist(), teacher[i].tolist(), **options)
+        assert_within(rows[i], mp_array([value])[0], accuracy * mp_array([value])[0], "value")
+        for n, (got, want) in enumerate(zip(gradients, map(mp_array, expected), strict=True)):
+            assert_within(got[i], want, accuracy * np.abs(want).max(), f"gradient {n}")
+
+
 SCALES = [10.0**k for k in range(-12, 5)]
 
 
 def logits_at(kl, rows, classes, dtype, offset=0.0, direction="forward", seed=0):
-    """Student and teacher logits about `kl` apart, exact in `dtype`; P, the side in front, is no peaked distribution (see test_peaked_rows)."""
+    """Student and teacher logits about `kl` apart, exact in `dtype`; P, the side in front, is not peaked."""
     g = torch.Generator().manual_seed(seed)
     front, noise = (torch.randn(rows, classes, dtype=torch.float64, generator=g) for _ in range(2))
     noise = math.sqrt(2 * kl) * noise if kl <= 1 else 2 * kl * noise.abs()
     behind = front.to(dtype) + noise.to(dtype)
     sides = (behind, front) if direction == "forward" else (front, behind)
-    return (sides[0].to(dtype) + torch.tensor(offset, dtype=dtype)).requires_grad_(), sides[1].to(dtype).requires_grad_()
+    return (sides[0].to(dtype) + torch.tensor(offset, dtype=dtype)).requires_grad_(), sides[1].to(
+        dtype
+    ).requires_grad_()
 
 
 @directions
@@ -107,15 +140,7 @@ def logits_at(kl, rows, classes, dtype, offset=0.0, direction="forward", seed=0)
 def test_every_scale_against_mpmath(scale, dtype, direction):
     for classes, offset, temperature in ((2, 0.0, 1.0), (7, 0.0, 3.0), (40, -20.0, 1.0)):
         student, teacher = logits_at(scale, 2, classes, dtype, offset, direction)
-        options = {"direction": direction, "temperature": temperature}
-        rows = td.kl_div(student, teacher, reduction="none", **options)
-        gradients = torch.autograd.grad(rows.sum(), (student, teacher))
-        for i in range(2):
-            value, *expected = KL.mp_row(student[i].tolist(), teacher[i].tolist(), **options)
-            assert_within(rows[i], mp_array([value])[0], ROW_ACCURACY[dtype] * mp_array([value])[0], "value")
-            for n, (got, want) in enumerate(zip(gradients, expected, strict=True)):
-                want = mp_array(want)
-                assert_within(got[i], want, ROW_ACCURACY[dtype] * np.abs(want).max(), f"gradient {n}")
+        close_to_mpmath(student, teacher, direction=direction, temperature=temperature)
 
 
 @directions
@@ -133,7 +158,10 @@ def test_every_scale(classes, scale, dtype, direction):
 @pytest.mark.parametrize("scale", SCALES[::4])
 def test_every_scale_of_the_reduced_loss(scale, sides, direction):
     """One gradient and a reduced loss: the path that computes both in one pass."""
-    student, teacher = (t.detach().requires_grad_(i in sides) for i, t in enumerate(logits_at(scale, 9, 3001, torch.float32, direction=direction)))
+    student, teacher = (
+        t.detach().requires_grad_(i in sides)
+        for i, t in enumerate(logits_at(scale, 9, 3001, torch.float32, direction=direction))
+    )
     check(KL, student, teacher, direction=direction)
 
 
@@ -144,10 +172,9 @@ def test_offset_plus_tiny_difference(offset, dtype, direction):
     """s = t + offset + tiny: the distributions are the close ones, however far apart the logits are."""
     generator = torch.Generator().manual_seed(1)
     ulp = torch.finfo(dtype).eps * abs(offset)
-    teacher = (torch.randint(-64, 64, (4, 1000), generator=generator) * ulp * 256).to(dtype)
-    student = teacher + offset + torch.randint(-8, 9, (4, 1000), generator=generator).to(dtype) * ulp
-    value, _ = check(KL, student.requires_grad_(), teacher.requires_grad_(), direction=direction, reduction="none")
-    assert (value > 0).all() and (value < 1e-3).all()
+    teacher = (torch.randint(-64, 64, (3, 100), generator=generator) * ulp * 256).to(dtype)
+    student = teacher + offset + torch.randint(-8, 9, (3, 100), generator=generator).to(dtype) * ulp
+    close_to_mpmath(student.requires_grad_(), teacher.requires_grad_(), direction=direction)
 
 
 @directions
@@ -157,8 +184,9 @@ def test_offset_plus_tiny_difference(offset, dtype, direction):
 def test_peaked_rows(classes, gap, dtype, direction):
     """Nearly all mass on one class in both rows: the others' digits must survive beside it, in its own gradient too."""
     generator = torch.Generator().manual_seed(2)
-    teacher = torch.randn(4, classes, generator=generator, dtype=dtype) - gap
-    student = teacher + 0.5 * torch.randn(4, classes, generator=generator, dtype=dtype)
+    # multiples of 1/1024, whose differences are exact: else exp's argument is rounded, in single precision by up to 4e-6
+    teacher, noise = ((torch.randn(4, classes, generator=generator) * 1024).round().to(dtype) / 1024 for _ in range(2))
+    teacher, student = teacher - gap, teacher - gap + noise / 2
     teacher[:, 1], student[:, 1] = 0.0, 0.25
     check(KL, student.requires_grad_(), teacher.requires_grad_(), direction=direction, reduction="none")
 
@@ -167,7 +195,9 @@ def test_peaked_rows(classes, gap, dtype, direction):
 @single_and_double
 def test_small_masses_far_apart(dtype, direction):
     """KL near 1 out of a mass of 1/1000: q - p is small beside p and q of the first class."""
-    student, teacher = pair([[0.0, -1000.0, -9.0], [0.0, -7.0, -300.0]], [[0.0, -7.0, -9.0], [0.0, -1000.0, -4.5]], dtype)
+    student, teacher = pair(
+        [[0.0, -1000.0, -9.0], [0.0, -7.0, -300.0]], [[0.0, -7.0, -9.5], [0.0, -1000.0, -4.5]], dtype
+    )
     check(KL, student, teacher, direction=direction, reduction="none")
 
 
@@ -187,7 +217,7 @@ def test_never_negative_and_zero_only_at_equality(dtype):
 @single_and_double
 def test_bit_equal_inputs(case, dtype):
     """Of the same space: a value of exactly 0, and for logits gradients of exactly 0."""
-    if len(set(case.options[k] for k in ("space", "target_space"))) > 1:
+    if len({case.options[k] for k in ("space", "target_space")}) > 1:
         return
     for classes, size in ((1, 1.0), (5, 1.0), (1000, 30.0), (32000, 1.0)):
         x = to_space(size * torch.randn(4, classes, dtype=torch.float64), case.options["space"]).to(dtype)
@@ -214,7 +244,7 @@ def test_dtypes(case, dtype):
 @pytest.mark.parametrize("half", (torch.bfloat16, torch.float16), ids=str)
 @all_options
 def test_half_equals_float32_on_the_same_numbers(case, half):
-    """Half inputs are widened and nothing is rounded before the gradient: equal to single precision but for that one rounding."""
+    """Half inputs are widened and the gradient is rounded once: else equal to single precision."""
     inputs = case.draw(6, 200, dtype=half)
     wide = tuple(t.detach().float().requires_grad_() for t in inputs)
     value, want = case(*inputs), case(*wide)
@@ -223,7 +253,12 @@ def test_half_equals_float32_on_the_same_numbers(case, half):
     for g, w in zip(torch.autograd.grad(value.sum(), inputs), torch.autograd.grad(want.sum(), wide), strict=True):
         assert g.dtype == half
         error = (g.double() - w.double()).abs()
-        assert (error <= w.double().abs() * torch.finfo(half).eps * 0.51 + torch.finfo(half).tiny * torch.finfo(half).eps + 2e-6 * w.abs().amax(-1, keepdim=True)).all()
+        assert (
+            error
+            <= w.double().abs() * torch.finfo(half).eps * 0.51
+            + torch.finfo(half).tiny * torch.finfo(half).eps
+            + 2e-6 * w.abs().amax(-1, keepdim=True)
+        ).all()
 
 
 MIXED = [(a, b) for a in DTYPES[1:] for b in DTYPES[1:] if a != b]
@@ -232,7 +267,9 @@ MIXED = [(a, b) for a in DTYPES[1:] for b in DTYPES[1:] if a != b]
 @pytest.mark.parametrize("input_dtype, target_dtype", MIXED, ids=str)
 @all_options
 def test_mixed_dtypes(case, input_dtype, target_dtype):
-    inputs = tuple(t.detach().to(d).requires_grad_() for t, d in zip(case.draw(4, 77), (input_dtype, target_dtype), strict=True))
+    inputs = tuple(
+        t.detach().to(d).requires_grad_() for t, d in zip(case.draw(4, 77), (input_dtype, target_dtype), strict=True)
+    )
     check(case.loss, *inputs, reduction="none", **case.options)
     for side in (0, 1):
         check(case.loss, *(t.detach().requires_grad_(i == side) for i, t in enumerate(inputs)), **case.options)
@@ -294,14 +331,18 @@ def test_masked_columns_and_close_rows(dtype):
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 def test_student_masked_where_teacher_is_not(dtype, reduction):
     """q = 0 < p: +inf, with student gradient q - p, and 0 for the teacher's in that row alone."""
-    student, teacher = pair([[0.0, 1.5, -INF, -1.0], [0.0, 1.0, 2.0, 3.0]], [[1.0, 2.0, 0.25, 0.5], [1.0, 1.0, 1.0, 1.0]], dtype)
+    student, teacher = pair(
+        [[0.0, 1.5, -INF, -1.0], [0.0, 1.0, 2.0, 3.0]], [[1.0, 2.0, 0.25, 0.5], [1.0, 1.0, 1.0, 1.0]], dtype
+    )
     value, (g_student, g_teacher) = check(KL, student, teacher, reduction=reduction)
     assert value.sum() == INF and g_student.isfinite().all()
     assert (g_teacher[0] == 0).all() and (g_teacher[1] != 0).all()
     want = (student.softmax(-1) - teacher.softmax(-1)) / (2 if reduction == "mean" else 1)
     torch.testing.assert_close(g_student, want.detach())
     for side in (0, 1):
-        check(KL, *(t.detach().requires_grad_(i == side) for i, t in enumerate((student, teacher))), reduction=reduction)
+        check(
+            KL, *(t.detach().requires_grad_(i == side) for i, t in enumerate((student, teacher))), reduction=reduction
+        )
 
 
 @single_and_double
@@ -319,6 +360,13 @@ def test_all_masked_row(direction, dtype):
     student, teacher = pair([[-INF] * 3, [1.0, 2.0, 3.0]], [[-INF] * 3, [2.0, 2.0, 1.0]], dtype)
     rows = td.kl_div(student, teacher, direction=direction, reduction="none")
     assert rows[0].isnan() and rows[1].isfinite()
+    for sides in ((0,), (1,), (0, 1)):
+        inputs = [t.detach().requires_grad_(i in sides) for i, t in enumerate((student, teacher))]
+        for reduction in ("none", "mean"):
+            value, gradients = check(KL, *inputs, direction=direction, reduction=reduction)
+            assert value.isnan().any() and all(
+                g[0].isnan().all() and g[1].isfinite().all() for g in gradients if g is not None
+            )
     for weight in (torch.tensor([0.0, 1.0]), torch.tensor([False, True])):
         _, gradients = check(KL, student, teacher, direction=direction, row_weight=weight)
         for g in gradients:
@@ -359,7 +407,9 @@ def test_nan_in_nan_out(case, dtype):
             value, _ = check(case.loss, *(t.requires_grad_() for t in tensors), reduction="none", **case.options)
             assert value.isnan().tolist() == [False, False, True, False]
             for sides in (0, 1):
-                assert case.loss(*(t.detach().requires_grad_(i == sides) for i, t in enumerate(tensors)), **case.options).isnan()
+                assert case.loss(
+                    *(t.detach().requires_grad_(i == sides) for i, t in enumerate(tensors)), **case.options
+                ).isnan()
 
 
 @directions
@@ -431,7 +481,12 @@ def test_expanded_input(loss):
             check(loss, student.requires_grad_(), shared, **options)
             leaf = shared[:1].clone().requires_grad_()
             case(student, leaf.expand(6, 33)).sum().backward()
-            want = loss.reference(student.detach(), (again := shared[:1].clone().requires_grad_()).expand(6, 33), reduction="sum", **options)
+            want = loss.reference(
+                student.detach(),
+                (again := shared[:1].clone().requires_grad_()).expand(6, 33),
+                reduction="sum",
+                **options,
+            )
             torch.testing.assert_close(leaf.grad, torch.autograd.grad(want, again)[0])
 
 
@@ -568,7 +623,12 @@ def test_shift_invariance(direction, dtype):
     student, teacher = ((t * 1024).round() / 1024 for t in KL.draw((6, 50), dtype))
     value = td.kl_div(student, teacher, direction=direction, reduction="none")
     for shift in (8.0, -64.0, 512.0):
-        torch.testing.assert_close(td.kl_div(student + shift, teacher - shift / 2, direction=direction, reduction="none"), value, rtol=2 * ROW_ACCURACY[dtype], atol=0)
+        torch.testing.assert_close(
+            td.kl_div(student + shift, teacher - shift / 2, direction=direction, reduction="none"),
+            value,
+            rtol=2 * ROW_ACCURACY[dtype],
+            atol=0,
+        )
 
 
 @all_options
@@ -596,7 +656,9 @@ def test_hot_temperature_limit():
     student, teacher = KL.draw((6, 40), torch.float64)
     want = (teacher - student).var(-1, correction=0) / 2
     for t, rtol in ((1e2, 0.1), (1e4, 1e-3), (1e6, 1e-5)):
-        torch.testing.assert_close(t * t * td.kl_div(student, teacher, temperature=t, reduction="none"), want, rtol=rtol, atol=0)
+        torch.testing.assert_close(
+            t * t * td.kl_div(student, teacher, temperature=t, reduction="none"), want, rtol=rtol, atol=0
+        )
 
 
 @directions
@@ -622,7 +684,7 @@ def test_spaces_agree():
 @all_options
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_threads_and_runs(case, dtype):
-    """Bit-identical from run to run; another number of threads stays within the accuracy. Few long rows are split by columns."""
+    """Bit-identical from run to run, and accurate with another number of threads; long rows are split by columns."""
     for shape in ((64, 100), (1, 70001), (3, 20000)):
         inputs = case.draw(*shape, dtype=dtype)
 

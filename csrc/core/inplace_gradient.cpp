@@ -19,8 +19,10 @@ using torch::autograd::variable_list;
 struct InplaceGradient : torch::autograd::Node {
   std::string op;
   at::Tensor gradient;  // input's storage, without its history: no reference cycle
-  uint32_t version = 0;
+  c10::VariableVersion version;  // input's own counter
+  uint32_t expected_version = 0;
   at::Tensor target_gradient;
+  at::ScalarType target_dtype = at::kFloat;
   std::function<void(at::Tensor&, const at::Tensor&)> finish;
   bool used = false;
 
@@ -33,11 +35,11 @@ struct InplaceGradient : torch::autograd::Node {
     const auto& g = incoming[0];
     if (!g.defined()) return result;
     TORCH_CHECK(!at::isTensorSubclassLike(g), op, ": a batched incoming gradient with inplace_grad=True; use inplace_grad=False");
-    TORCH_CHECK(gradient._version() == version, op, ": input was modified by an inplace operation after inplace_grad=True stored its gradient there");
+    TORCH_CHECK(version.current_version() == expected_version, op, ": input was modified by an inplace operation after inplace_grad=True stored its gradient there");
     used = true;
     finish(gradient, g);
     if (task_should_compute_output(0)) result[0] = std::exchange(gradient, {});
-    if (num_outputs() > 1 && task_should_compute_output(1)) result[1] = target_gradient * g.to(target_gradient.scalar_type());
+    if (num_outputs() > 1 && task_should_compute_output(1)) result[1] = (target_gradient * g).to(target_dtype);
     return result;
   }
   void release_variables() override {
@@ -77,8 +79,10 @@ at::Tensor attach_inplace_gradient(const char* name, at::Tensor loss, const at::
   torch::autograd::impl::bump_version(input);
   node->op = name;
   node->gradient = input.detach();
-  node->version = node->gradient._version();
+  node->version = torch::autograd::impl::version_counter(input);
+  node->expected_version = node->version.current_version();
   node->target_gradient = std::move(target_gradient);
+  node->target_dtype = target.scalar_type();
   node->finish = std::move(finish);
   torch::autograd::set_history(loss, node);
   return loss;

@@ -43,7 +43,7 @@ void parallel_rows(int64_t rows, int64_t classes, const Kernel& kernel) {
     return;
   }
   at::parallel_for(0, rows, (kEntries + classes - 1) / classes,
-                   [&](int64_t begin, int64_t end) { kernel(begin, end, &for_each_serial); });
+                   [&](int64_t begin, int64_t end) { kernel(begin, end, nullptr); });
 }
 
 }  // namespace torch_divergence

@@ -42,13 +42,9 @@ struct RowsOut {
   RowLayout layout;
 };
 
-// Runs body(context, i) for every i in [0, count). The kernels split one long row with it: serial when there are rows
-// enough for all threads, parallel when there are not. A plain function pointer, because std::function would leave weak
-// symbols in the objects of each instruction set.
+// Runs body(context, i) for every i in [0, count), in parallel: how a kernel splits one long row where rows are fewer than
+// threads. Null: there are rows enough for all threads, do not split. A plain function pointer, because std::function would
+// leave weak symbols in the objects of each instruction set.
 using ForEach = void (*)(int64_t count, void* context, void (*body)(void* context, int64_t index));
-
-inline void for_each_serial(int64_t count, void* context, void (*body)(void*, int64_t)) {
-  for (int64_t i = 0; i < count; ++i) body(context, i);
-}
 
 }  // namespace torch_divergence

@@ -457,7 +457,10 @@ Tensor kl_div_inplace_grad(Tensor& input, const Tensor& target, std::string_view
     loss = loss.sum() * scale;
   }
   if (target.requires_grad()) {
-    auto [gp, gq] = kl_div_backward(row_factor(stat, at::ones_like(loss)), p, q, stat, k.p_space, k.q_space, temperature, {k.input_is_q, !k.input_is_q});
+    // Not rounded to half before it meets the incoming gradient.
+    const auto wide = [](const Tensor& t) { return is_half(t) ? t.to(at::kFloat) : t; };
+    auto [gp, gq] = kl_div_backward(row_factor(stat, at::ones_like(loss)), k.input_is_q ? wide(p) : p, k.input_is_q ? q : wide(q), stat, k.p_space,
+                                    k.q_space, temperature, {k.input_is_q, !k.input_is_q});
     target_gradient = (k.input_is_q ? gp : gq).movedim(-1, dim);
   }
   if (is_half(own)) {

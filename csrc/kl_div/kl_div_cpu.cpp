@@ -23,10 +23,10 @@ constexpr int64_t kBlock = 512;
 // Where a row is split over threads: fixed, so that the result does not depend on how many there are.
 constexpr int64_t kSegment = 8 * kChunk;
 
-// Calls f(first, last, index) for each segment of a row's columns, through `columns` if that is parallel.
+// Calls f(first, last, index) for each segment of a row's columns, through `columns` if the row is split.
 template <class F>
 TD_INLINE void for_segments(int64_t classes, ForEach columns, const F& f) {
-  if (columns == &for_each_serial) {
+  if (columns == nullptr) {
     f(int64_t{0}, classes, int64_t{0});
     return;
   }
@@ -40,7 +40,7 @@ TD_INLINE void for_segments(int64_t classes, ForEach columns, const F& f) {
   });
 }
 TD_INLINE int64_t segment_count(int64_t classes, ForEach columns) {
-  return columns == &for_each_serial ? 1 : (classes + kSegment - 1) / kSegment;
+  return columns == nullptr ? 1 : (classes + kSegment - 1) / kSegment;
 }
 
 // x + rest as a pair of A, to twice A's precision.
@@ -169,7 +169,7 @@ KlDivScan scan_columns(const TP* p, const TQ* q, int64_t first, int64_t last, do
 
 // e^((max - lse)/T): turns a kept exponential into a probability.
 TD_INLINE double kept_factor(double max, double lse, double inv_t) {
-  return max == -std::numeric_limits<double>::infinity() ? 0 : std::exp((max - lse) * inv_t);
+  return max == -std::numeric_limits<double>::infinity() && !std::isnan(lse) ? 0 : std::exp((max - lse) * inv_t);
 }
 
 // Sums of the near form over a part of a row. kWant: 0 sums only, 1 also growth = p expm1(-u) for the gradient of Q,
@@ -199,11 +199,14 @@ KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t la
       const Vec<A> phi_u = phi_small(u);
       Vec<A> p_phi = x * phi_u, p_u = x * u, p_expm1 = x * (phi_u - u);
       if (!all(small)) {
-        // p e^-u, from s: right where p is 0 as well. A class of p = 0 adds its share of q, one of p = q = 0 nothing.
-        const Vec<A> grown = grown_prob(s);
+        // p e^-u as p times e^-u, which shares p's rounding, unless they are far apart. There from s: right where p is 0 as
+        // well (a class of p = 0 adds its share of q, one of p = q = 0 nothing).
+        const Vec<A> middle = u.abs() < Vec<A>(A(8)), growth_u = exp_of(zero - u) - Vec<A>(A(1));
         p_u = select(x > zero, p_u, zero);
-        p_phi = select(small, p_phi, (grown - x) + p_u);
-        p_expm1 = select(small, p_expm1, grown - x);
+        Vec<A> gap = x * growth_u;
+        if (!all(middle)) gap = select(middle, gap, grown_prob(s) - x);
+        p_phi = select(small, p_phi, select(middle, x * (growth_u + u), gap + p_u));
+        p_expm1 = select(small, p_expm1, gap);
       }
       shift = shift + p_u, phi = phi + p_phi;
       if constexpr (kWant == 1) store_lanes<A>(growth + c + i, p_expm1, count);
@@ -285,7 +288,12 @@ Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t f
       if (near) {
         const Vec<A> v = u + kl, small = is_small(v);
         gq = x * (phi_small(v) - v);
-        if (!all(small)) gq = select(small, gq, prob_q(s) - x);
+        if (!all(small)) {
+          const Vec<A> middle = v.abs() < Vec<A>(A(8));
+          Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
+          if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
+          gq = select(small, gq, gap);
+        }
       } else {
         gq = prob_q(s) - x;
       }
@@ -434,11 +442,10 @@ void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t en
       const Kept<A> kept{scratch.get(), !k.wrt_q ? nullptr : over_input ? scratch.get() + n : grad, maxima.get(), maxima.get() + chunks};
       const auto* p = static_cast<const TP*>(x[0]);
       const auto* q = static_cast<const TQ*>(x[1]);
-      if (k.wrt_q) {
-        value_and_grad_row<A, true>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
-      } else {
-        value_and_grad_row<A, false>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
-      }
+      if constexpr (std::is_same_v<TQ, A>)
+        if (k.wrt_q) value_and_grad_row<A, true>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
+      if constexpr (std::is_same_v<TP, A>)
+        if (!k.wrt_q) value_and_grad_row<A, false>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
     }
     stat.store(k.stat + KlDivStat::kSize * i);
   });

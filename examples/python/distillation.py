@@ -9,7 +9,7 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015),
 The gain in test accuracy is measured over 10 seeds. The program fails if the teacher does not reach 97 %, or if the
 95 % interval of the mean gain reaches down to 0.
 
-    python distillation.py            about a minute on 2 cores
+    python distillation.py            about 20 seconds
     python distillation.py --quick    the same with 5 seeds and fewer epochs
 """
 

@@ -83,7 +83,7 @@ struct Problem {
     normalise(q, spaces.q);
     stat.resize(static_cast<size_t>(rows * td::KlDivStat::kSize));
     std::vector<double> loss(static_cast<size_t>(rows));
-    KERNEL(kl_div_forward)({rows_in(), nullptr, loss.data(), true, stat.data()}, 0, rows, &td::for_each_serial);
+    KERNEL(kl_div_forward)({rows_in(), nullptr, loss.data(), true, stat.data()}, 0, rows, nullptr);
   }
 
   td::KlDivRows rows_in() const {
@@ -234,11 +234,10 @@ TYPED_TEST_SUITE(RowKernels, Types, );
 TYPED_TEST(RowKernels, RangesFromThreadsGiveTheBitsOfOneCall) {
   this->for_all(61, 1003, [](const Problem<TypeParam>& problem, Kernel kernel) {
     Outputs<TypeParam> whole(problem), split(problem);
-    run(kernel, problem, whole, 0, problem.rows, &td::for_each_serial);
+    run(kernel, problem, whole, 0, problem.rows, nullptr);
     std::vector<std::thread> threads;
     for (const auto& [begin, end] : {std::pair{0, 1}, {1, 20}, {20, 47}, {47, 61}}) {
-      threads.emplace_back(
-          [&, begin = begin, end = end] { run(kernel, problem, split, begin, end, &td::for_each_serial); });
+      threads.emplace_back([&, begin = begin, end = end] { run(kernel, problem, split, begin, end, nullptr); });
     }
     for (std::thread& thread : threads) {
       thread.join();
@@ -250,8 +249,8 @@ TYPED_TEST(RowKernels, RangesFromThreadsGiveTheBitsOfOneCall) {
 TYPED_TEST(RowKernels, RangeWritesItsOwnRowsOnly) {
   this->for_all(9, 130, [](const Problem<TypeParam>& problem, Kernel kernel) {
     Outputs<TypeParam> whole(problem), part(problem), expected(problem);
-    run(kernel, problem, whole, 0, problem.rows, &td::for_each_serial);
-    run(kernel, problem, part, 4, 7, &td::for_each_serial);
+    run(kernel, problem, whole, 0, problem.rows, nullptr);
+    run(kernel, problem, part, 4, 7, nullptr);
     const auto keep = [](auto& to, const auto& from, size_t n) {
       std::copy(from.begin() + static_cast<std::ptrdiff_t>(4 * n), from.begin() + static_cast<std::ptrdiff_t>(7 * n),
                 to.begin() + static_cast<std::ptrdiff_t>(4 * n));
@@ -270,7 +269,7 @@ TYPED_TEST(RowKernels, PartsOfALongRowMayBeVisitedInAnyOrderAndByAnyThread) {
     Outputs<TypeParam> threads(problem), backwards(problem), serial(problem);
     run(kernel, problem, threads, 0, problem.rows, &for_each_thread);
     run(kernel, problem, backwards, 0, problem.rows, &for_each_backwards);
-    run(kernel, problem, serial, 0, problem.rows, &td::for_each_serial);
+    run(kernel, problem, serial, 0, problem.rows, nullptr);
     expect_same_bits(threads, backwards);
     // Serial sums have another order.
     const double tolerance = std::is_same_v<TypeParam, double> ? 1e-11 : 2e-6;
@@ -288,15 +287,13 @@ TYPED_TEST(RowKernels, GradientMayOverwriteItsOwnSide) {
       Outputs<TypeParam> fresh(problem);
       std::vector<TypeParam>& expected = wrt_q ? fresh.grad_q : fresh.grad_p;
       KERNEL(kl_div_value_and_grad)
-      ({problem.rows_in(), nullptr, 0.5, fresh.stat.data(), wrt_q, problem.write(expected)}, 0, 7,
-       &td::for_each_serial);
+      ({problem.rows_in(), nullptr, 0.5, fresh.stat.data(), wrt_q, problem.write(expected)}, 0, 7, nullptr);
 
       Problem<TypeParam> overwritten = problem;
       Outputs<TypeParam> in_place(problem);
       std::vector<TypeParam>& side = wrt_q ? overwritten.q : overwritten.p;
       KERNEL(kl_div_value_and_grad)
-      ({overwritten.rows_in(), nullptr, 0.5, in_place.stat.data(), wrt_q, problem.write(side)}, 0, 7,
-       &td::for_each_serial);
+      ({overwritten.rows_in(), nullptr, 0.5, in_place.stat.data(), wrt_q, problem.write(side)}, 0, 7, nullptr);
       expect_same_bits(side, expected, wrt_q ? "q" : "p");
       expect_same_bits(in_place.stat, fresh.stat, "stat");
     }
@@ -324,14 +321,13 @@ TYPED_TEST(RowKernels, RowOfWeightZeroIsNotRead) {
     rows.q.data = memory[1];
     Outputs<TypeParam> forward(problem), backward(problem), both(problem);
     KERNEL(kl_div_forward)
-    ({rows, problem.weight.data(), forward.loss.data(), true, forward.stat.data()}, 0, 3, &td::for_each_serial);
+    ({rows, problem.weight.data(), forward.loss.data(), true, forward.stat.data()}, 0, 3, nullptr);
     KERNEL(kl_div_backward)
     ({rows, problem.coefficient.data(), forward.stat.data(), problem.write(backward.grad_p),
       problem.write(backward.grad_q)},
-     0, 3, &td::for_each_serial);
+     0, 3, nullptr);
     KERNEL(kl_div_value_and_grad)
-    ({rows, problem.weight.data(), 1.0, both.stat.data(), true, problem.write(both.grad_q)}, 0, 3,
-     &td::for_each_serial);
+    ({rows, problem.weight.data(), 1.0, both.stat.data(), true, problem.write(both.grad_q)}, 0, 3, nullptr);
     EXPECT_GT(forward.loss[0], 0.0);
     EXPECT_EQ(forward.loss[1], 0.0);
     EXPECT_GT(forward.loss[2], 0.0);
