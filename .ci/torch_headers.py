@@ -10,15 +10,23 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 SUPPORTED = ("2.12", "2.13", "2.14", "2.15")
+
+
+def installed_torch() -> Path:
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    return Path(torch.origin).parent
 
 
 def headers(minor: str, cache: Path) -> Path:
@@ -35,6 +43,9 @@ def headers(minor: str, cache: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if name.startswith("torch/include/")]
                 archive.extractall(Path(download) / "unpacked", names)
+            # Sleef's header declares what the wheel's processor has, so the installed torch's stands in for it: that
+            # Sleef itself did not change between the versions is assumed here, not checked.
+            shutil.copy(installed_torch() / "include" / "sleef.h", Path(download) / "unpacked" / "torch" / "include")
             (Path(download) / "unpacked").rename(folder)
     return folder / "torch" / "include"
 
@@ -50,7 +61,7 @@ def check(entry: dict[str, str], include: Path) -> str:
 
 
 def main() -> None:
-    commands, cache = Path(sys.argv[1]), Path(sys.argv[2])
+    commands, cache = Path(sys.argv[1]), Path(sys.argv[2]).resolve()
     entries = [entry for entry in json.loads(commands.read_text()) if "/csrc/" in entry["file"]]
     assert entries, f"{commands} compiles nothing from csrc"
     installed = ".".join(version("torch").split(".")[:2])

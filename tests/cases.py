@@ -256,7 +256,9 @@ def _kl_exact(*tensors: Rows, temperature: float, **options: Any) -> Exact:
         q_minus_p = q * p.sum(-1, keepdims=True) - p
         # the terms of a logarithm from logits are the logit and the row's logsumexp
         sizes = [
-            np.abs(x / scale) + np.abs(x / scale - log) if space == "logits" else np.abs(log)
+            np.where(np.isneginf(log), np.inf, np.abs(x / scale) + np.abs(x / scale - log))
+            if space == "logits"
+            else np.abs(log)
             for x, log, space in ((p_given, log_p, p_space), (q_given, log_q, q_space))
         ]
         parts = np.abs(p * ratio) if p_space == q_space else _times(p, sizes[0]) + _times(p, sizes[1])
@@ -299,7 +301,8 @@ def _largest(x: Rows) -> Rows:
 def kl_mp_row(*rows: list[float], temperature: float = 1.0, **options: Any) -> tuple[Any, ...]:
     """Value and both gradients of one row by the textbook formula, with digits enough for what cancels in it."""
     (i, j), (p_space, q_space) = _sides(options)
-    finite = [abs(v) for row in rows for v in row if v not in (0, -np.inf)]
+    finite = [[v for v in row if v != -np.inf] for row in rows]
+    spread = max(max(row, default=0) - min(row, default=0) for row in finite) / temperature
 
     def side(x: list[float], space: str) -> tuple[list[Any], list[Any]]:
         if space == "logits":
@@ -310,7 +313,7 @@ def kl_mp_row(*rows: list[float], temperature: float = 1.0, **options: Any) -> t
             return [mpmath.mpf(v) for v in x], [mpmath.log(v) if v else mpmath.ninf for v in x]
         return [mpmath.exp(v) for v in x], [mpmath.mpf(v) for v in x]
 
-    with mpmath.workdps(60 + int(2 * max(finite, default=1) / temperature)):
+    with mpmath.workdps(60 + int(2 * spread)):
         p, log_p = side(rows[i], p_space)
         q, log_q = side(rows[j], q_space)
         ratio = [a - b if c else mpmath.mpf(0) for a, b, c in zip(log_p, log_q, p, strict=True)]

@@ -72,7 +72,7 @@ def calls(draw, loss):
         "leading": leading,
         "classes": draw(st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 1000, 4097]))),
         "dim": draw(st.integers(-len(leading) - 1, len(leading))) if draw(st.booleans()) else -1,
-        "dtypes": (draw(st.sampled_from(DTYPES)), draw(st.sampled_from((None, None, None, None, *DTYPES)))),
+        "dtypes": (draw(st.sampled_from(DTYPES)), draw(st.sampled_from((*[None] * 8, *DTYPES)))),
         "options": {name: draw(st.sampled_from(values)) for name, values in loss.choices.items()},
         "temperature": draw(st.sampled_from([1.0, 1.0, 1.0, 2.0, 0.5, 3.0, 10.0])),
         "reduction": draw(st.sampled_from(["mean", "mean", "sum", "none", "batchmean"])),

@@ -184,7 +184,7 @@ def test_offset_plus_tiny_difference(offset, dtype, direction):
 def test_peaked_rows(classes, gap, dtype, direction):
     """Nearly all mass on one class in both rows: the others' digits must survive beside it, in its own gradient too."""
     generator = torch.Generator().manual_seed(2)
-    # multiples of 1/1024, whose differences are exact: else exp's argument is rounded, in single precision by up to 4e-6
+    # multiples of 1/1024 have exact differences; others round exp's argument, in single precision by up to 4e-6
     teacher, noise = ((torch.randn(4, classes, generator=generator) * 1024).round().to(dtype) / 1024 for _ in range(2))
     teacher, student = teacher - gap, teacher - gap + noise / 2
     teacher[:, 1], student[:, 1] = 0.0, 0.25
@@ -199,6 +199,15 @@ def test_small_masses_far_apart(dtype, direction):
         [[0.0, -1000.0, -9.0], [0.0, -7.0, -300.0]], [[0.0, -7.0, -9.5], [0.0, -1000.0, -4.5]], dtype
     )
     check(KL, student, teacher, direction=direction, reduction="none")
+
+
+@directions
+@single_and_double
+@pytest.mark.parametrize("scale", (1.0, 2.0, 4.0))
+def test_independent_logits(scale, dtype, direction):
+    """A KL of tens, and P spread over a few classes whose log-ratios are near each other."""
+    student, teacher = (scale * t for t in KL.draw((40, 4097), torch.float64))
+    check(KL, *(t.to(dtype).requires_grad_() for t in (student, teacher)), direction=direction, reduction="none")
 
 
 @single_and_double

@@ -5,6 +5,7 @@
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -243,40 +244,45 @@ TD_INLINE A min_lane(Vec<A> v) {
   return best;
 }
 
-// e^x at about 1 ulp: k = round(x log2 e), r = x - k ln 2 with ln 2 in two parts (Cody and Waite), a polynomial of degree
-// 7 for e^r, and 2^k. Gradual underflow; -inf -> 0, +inf -> inf, NaN -> NaN. Beyond +-104 the result is 0 or inf, so
-// clamping there changes nothing and keeps k small.
+// e^x at about 1 ulp: k = round(x log2 e), r = x - k ln 2 with ln 2 in two parts (Cody and Waite), a polynomial for e^r
+// (degree 6, Chebyshev interpolation of (e^r - 1 - r)/r^2 on |r| <= ln(2)/2, relative error 1e-8), and 2^k. Gradual
+// underflow; -inf -> 0, +inf -> inf, NaN -> NaN. Beyond +-104 the result is 0 or inf, so clamping there changes nothing.
+//
+// kBounded: the caller knows that x is in [-1e5, 0], or does not mind what it gets: no clamp.
+template <bool kBounded = false>
 TD_INLINE Vec<float> exp_of(Vec<float> x) {
   constexpr float kLog2e = 1.442695041f, kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
-  constexpr float c7 = 1.98527618e-4f, c6 = 1.39304355e-3f, c5 = 8.33336078e-3f, c4 = 4.16664854e-2f,
-                  c3 = 1.66666672e-1f, c2 = 0.5f;
+  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold.
+  constexpr float kMagic = 12582912.f;
+  constexpr float c6 = 0.0013926250830f, c5 = 0.0083632328837f, c4 = 0.041666554213f, c3 = 0.16666576666f, c2 = 0.5f;
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512 c = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));  // NaN passes
-  const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(kLog2e)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fmadd_ps(k, _mm512_set1_ps(-kLn2Hi), c);
-  r = _mm512_fmadd_ps(k, _mm512_set1_ps(-kLn2Lo), r);
-  __m512 y = _mm512_set1_ps(c7);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c6));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c5));
+  __m512 c = x;
+  if constexpr (!kBounded) c = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_max_ps(_mm512_set1_ps(-104.f), c));  // NaN passes
+  const __m512 k = _mm512_sub_ps(_mm512_fmadd_ps(c, _mm512_set1_ps(kLog2e), _mm512_set1_ps(kMagic)), _mm512_set1_ps(kMagic));
+  __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Hi), c);
+  r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Lo), r);
+  __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(c6), r, _mm512_set1_ps(c5));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c4));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c3));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c2));
-  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.f));
   return _mm512_scalef_ps(y, k);
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256 c = _mm256_min_ps(_mm256_set1_ps(104.f), _mm256_max_ps(_mm256_set1_ps(-104.f), x));
-  const __m256 k = _mm256_round_ps(_mm256_mul_ps(c, _mm256_set1_ps(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fmadd_ps(k, _mm256_set1_ps(-kLn2Hi), c);
-  r = _mm256_fmadd_ps(k, _mm256_set1_ps(-kLn2Lo), r);
-  __m256 y = _mm256_set1_ps(c7);
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c6));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c5));
+  const __m256 shifted = _mm256_fmadd_ps(c, _mm256_set1_ps(kLog2e), _mm256_set1_ps(kMagic));
+  const __m256 k = _mm256_sub_ps(shifted, _mm256_set1_ps(kMagic));
+  __m256 r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Hi), c);
+  r = _mm256_fnmadd_ps(k, _mm256_set1_ps(kLn2Lo), r);
+  __m256 y = _mm256_fmadd_ps(_mm256_set1_ps(c6), r, _mm256_set1_ps(c5));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c4));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c3));
   y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c2));
-  y = _mm256_add_ps(_mm256_fmadd_ps(y, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.f));
-  // 2^k in two factors: k reaches -150, where one exponent field would not do
-  const __m256i whole = _mm256_cvtps_epi32(k), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.f));
+  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.f));
+  // 2^k in two factors: k reaches -150, where one exponent field would not do.
+  const __m256i whole = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(_mm256_set1_ps(kMagic)));
+  const __m256i half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
   const auto pow2 = [](__m256i e) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
@@ -286,25 +292,17 @@ TD_INLINE Vec<float> exp_of(Vec<float> x) {
   x.store(lanes);
   for (float& v : lanes) {
     const float c = v > 104.f ? 104.f : v < -104.f ? -104.f : v;
-    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-    const float shifted = c * kLog2e + magic, k = shifted - magic;
+    const float shifted = c * kLog2e + kMagic, k = shifted - kMagic;
     const float r = (c - k * kLn2Hi) - k * kLn2Lo;
-    float y = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2;
-    y = (y * (r * r) + r) + 1.f;
-    int32_t bits, magic_bits;
-    std::memcpy(&bits, &shifted, 4);
-    std::memcpy(&magic_bits, &magic, 4);
-    const int32_t whole = bits - magic_bits, half = whole >> 1, rest = whole - half;
-    const int32_t b1 = (half + 127) << 23, b2 = (rest + 127) << 23;
-    float s1, s2;
-    std::memcpy(&s1, &b1, 4);
-    std::memcpy(&s2, &b2, 4);
-    const float e = y * s1 * s2;
+    const float y = (((((c6 * r + c5) * r + c4) * r + c3) * r + c2) * r + 1.f) * r + 1.f;
+    const int32_t whole = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kMagic), half = whole >> 1, rest = whole - half;
+    const float e = y * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((rest + 127) << 23);
     v = v != v ? v : e;
   }
   return Vec<float>::loadu(lanes);
 #endif
 }
+template <bool kBounded = false>
 TD_INLINE Vec<double> exp_of(Vec<double> x) { return x.exp(); }
 
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY

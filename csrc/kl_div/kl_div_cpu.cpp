@@ -88,23 +88,17 @@ void store_loss(const KlDivForward& k, int64_t row, double loss) {
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
-struct Extent {
-  double lo, hi;
-};
 template <class A, class T>
-TD_INLINE Extent extent(const T* x, int64_t n) {
-  Vec<A> hi0(-kInf<A>), hi1 = hi0, lo0(kInf<A>), lo1 = lo0;
+TD_INLINE double max_of_row(const T* x, int64_t n) {
+  Vec<A> m0(-kInf<A>), m1 = m0, m2 = m0, m3 = m0;
+  constexpr int64_t kStep = kLanes<A>;
   int64_t i = 0;
-  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
-    const Vec<A> a = load<A>(x + i), b = load<A>(x + i + kLanes<A>);
-    hi0 = max_of(a, hi0), hi1 = max_of(b, hi1);
-    lo0 = min_of(a, lo0), lo1 = min_of(b, lo1);
+  for (; i + 4 * kStep <= n; i += 4 * kStep) {
+    m0 = max_of(load<A>(x + i), m0), m1 = max_of(load<A>(x + i + kStep), m1);
+    m2 = max_of(load<A>(x + i + 2 * kStep), m2), m3 = max_of(load<A>(x + i + 3 * kStep), m3);
   }
-  for_lanes<A>(n - i, [&](int64_t j, auto count) __attribute__((always_inline)) {
-    hi0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), hi0);
-    lo0 = min_of(load_lanes<A>(x + i + j, count, kInf<A>), lo0);
-  });
-  return {static_cast<double>(min_lane(min_of(lo0, lo1))), static_cast<double>(max_lane(max_of(hi0, hi1)))};
+  for_lanes<A>(n - i, [&](int64_t j, auto count) __attribute__((always_inline)) { m0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), m0); });
+  return static_cast<double>(max_lane(max_of(max_of(m0, m1), max_of(m2, m3))));
 }
 
 // Exponentials kept for the gradient: e^((t - max)/T) with the maximum so far of each chunk.
@@ -119,50 +113,49 @@ struct Kept {
 // A maximum that is still -inf (no class seen) must not be subtracted from -inf.
 TD_INLINE double finite_or_zero(double max) { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
 
-// kMasked: -inf (or a value so low that (t - max)/T overflows) may be among the entries.
-template <class A, bool kMasked, bool kKeep, class TP, class TQ>
-TD_INLINE void scan_chunk(const TP* p, const TQ* q, int64_t n, A inv_t_, KlDivScan& scan, A* exp_p, A* exp_q) {
-  const Vec<A> inv_t(inv_t_), zero(A(0)), lowest(-kInf<A>);
+// Sums of one chunk against the scan's maxima. kMasked: any value may be there, -inf and NaN included. Not kMasked: the
+// caller hopes for numbers within 1e5 T of the maximum, and finds a sum that is not finite where there is something else.
+template <class A, bool kMasked, bool kUnitT, class TP, class TQ>
+TD_INLINE bool scan_chunk(const TP* p, const TQ* q, int64_t n, double inv_t_, KlDivScan& scan, A* exp_p, A* exp_q) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_)), zero(A(0)), lowest(-kInf<A>);
   const Vec<A> max_p(static_cast<A>(finite_or_zero(scan.max_p))), max_q(static_cast<A>(finite_or_zero(scan.max_q)));
   Vec<A> sum_p(A(0)), sum_q(A(0)), dot(A(0)), infinite(A(0));
-  for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+  const auto body = [&](int64_t i, auto count) __attribute__((always_inline)) {
+    constexpr bool kTail = std::is_same_v<decltype(count), int>;
     const Vec<A> t = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
-    const Vec<A> a = (t - max_p) * inv_t, b = (s - max_q) * inv_t;
-    const Vec<A> x = exp_of(a), y = exp_of(b);
+    Vec<A> a = t - max_p, b = s - max_q;
+    if constexpr (!kUnitT) a = a * inv_t, b = b * inv_t;
+    const Vec<A> x = exp_of<!kMasked && !kTail>(a), y = exp_of<!kMasked && !kTail>(b);
     sum_p = sum_p + x, sum_q = sum_q + y;
-    if constexpr (kMasked || std::is_same_v<decltype(count), int>) {
-      const Vec<A> hole = (s == lowest) & (t > lowest);
-      infinite = infinite | hole;
+    if constexpr (kMasked || kTail) {
+      infinite = infinite | ((s == lowest) & (t > lowest));
       dot = dot + select((x > zero) & (s > lowest), x * (a - b), zero);
     } else {
       dot = fmadd(x, a - b, dot);
     }
-    if constexpr (kKeep) {
-      store_lanes<A>(exp_p + i, x, count);
-      if (exp_q != nullptr) store_lanes<A>(exp_q + i, y, count);
-    }
-  });
-  scan.sum_p += sum_of(sum_p), scan.sum_q += sum_of(sum_q), scan.dot += sum_of(dot);
+    store_lanes<A>(exp_p + i, x, count);
+    if (exp_q != nullptr) store_lanes<A>(exp_q + i, y, count);
+  };
+  for_lanes<A>(n, body);
+  const double chunk_p = sum_of(sum_p), chunk_q = sum_of(sum_q), chunk_dot = sum_of(dot);
+  if (!kMasked && !std::isfinite(chunk_p + chunk_q + chunk_dot)) return false;
+  scan.sum_p += chunk_p, scan.sum_q += chunk_q, scan.dot += chunk_dot;
   scan.infinite = scan.infinite || any(infinite);
+  return true;
 }
 
-template <class A, bool kKeep, class TP, class TQ>
+template <class A, class TP, class TQ>
 KlDivScan scan_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t, const Kept<A>& kept) {
-  constexpr double kPlain = std::is_same_v<A, float> ? 1e30 : 1e300;
   KlDivScan scan;
   for (int64_t c = first; c < last; c += kChunk) {
     const int64_t n = std::min(kChunk, last - c);
-    const Extent in_p = extent<A>(p + c, n), in_q = extent<A>(q + c, n);
-    scan.raise(in_p.hi, in_q.hi, inv_t);
-    const bool plain = in_p.lo * inv_t > -kPlain && in_q.lo * inv_t > -kPlain && scan.max_p * inv_t < kPlain && scan.max_q * inv_t < kPlain;
-    A* exp_p = kKeep ? kept.exp_p + c : nullptr;
-    A* exp_q = kKeep && kept.exp_q != nullptr ? kept.exp_q + c : nullptr;
-    if (plain) {
-      scan_chunk<A, false, kKeep>(p + c, q + c, n, static_cast<A>(inv_t), scan, exp_p, exp_q);
-    } else {
-      scan_chunk<A, true, kKeep>(p + c, q + c, n, static_cast<A>(inv_t), scan, exp_p, exp_q);
-    }
-    if constexpr (kKeep) kept.max_p[c / kChunk] = scan.max_p, kept.max_q[c / kChunk] = scan.max_q;
+    scan.raise(max_of_row<A>(p + c, n), max_of_row<A>(q + c, n), inv_t);
+    A* const exp_p = kept.exp_p + c;
+    A* const exp_q = kept.exp_q != nullptr ? kept.exp_q + c : nullptr;
+    const bool plain = inv_t == 1 ? scan_chunk<A, false, true>(p + c, q + c, n, inv_t, scan, exp_p, exp_q)
+                                  : scan_chunk<A, false, false>(p + c, q + c, n, inv_t, scan, exp_p, exp_q);
+    if (!plain) scan_chunk<A, true, false>(p + c, q + c, n, inv_t, scan, exp_p, exp_q);
+    kept.max_p[c / kChunk] = scan.max_p, kept.max_q[c / kChunk] = scan.max_q;
   }
   return scan;
 }
@@ -173,27 +166,22 @@ TD_INLINE double kept_factor(double max, double lse, double inv_t) {
 }
 
 // Sums of the near form over a part of a row. kWant: 0 sums only, 1 also growth = p expm1(-u) for the gradient of Q,
-// 2 also growth = p u for that of P. p comes from kept exponentials (turned into probabilities on the way) or anew.
-template <class A, bool kKeep, int kWant, class TP, class TQ>
+// 2 also growth = p u for that of P. Turns the kept exponentials of P into probabilities on the way.
+template <class A, int kWant, class TP, class TQ>
 KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t_, const KlDivStat& stat, const Kept<A>& kept,
                              A* growth) {
   const Vec<A> inv_t(static_cast<A>(inv_t_)), zero(A(0));
   const Split<A> centre(stat.mean, stat.mean_lo);
-  const ExpFrom<A> prob(stat.lse_p, inv_t_), grown_prob(stat.lse_p - stat.mean, inv_t_);
+  const ExpFrom<A> grown_prob(stat.lse_p - stat.mean, inv_t_);
   KlDivCentred sums;
   for (int64_t c = first; c < last; c += kBlock) {
     const int64_t n = std::min(kBlock, last - c);
-    const Vec<A> factor(static_cast<A>(kKeep ? kept_factor(kept.max_p[c / kChunk], stat.lse_p, inv_t_) : 0));
+    const Vec<A> factor(static_cast<A>(kept_factor(kept.max_p[c / kChunk], stat.lse_p, inv_t_)));
     Vec<A> shift(A(0)), phi(A(0));
     for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
-      Vec<A> x;
-      if constexpr (kKeep) {
-        x = load_lanes<A>(kept.exp_p + c + i, count, A(0)) * factor;
-        store_lanes<A>(kept.exp_p + c + i, x, count);
-      } else {
-        x = prob(t);
-      }
+      const Vec<A> x = load_lanes<A>(kept.exp_p + c + i, count, A(0)) * factor;
+      if constexpr (kWant != 0) store_lanes<A>(kept.exp_p + c + i, x, count);
       const Vec<A> u = difference_minus(t, s, centre) * inv_t;
       const Vec<A> small = is_small(u);
       const Vec<A> phi_u = phi_small(u);
@@ -225,33 +213,61 @@ TD_INLINE double inverse_temperature(double t) {
 }
 
 // The statistics of one row, and with kWant what its gradient needs, in kept (and growth where the near form ran).
-template <class A, bool kKeep, int kWant, class TP, class TQ>
+template <class A, int kWant, class TP, class TQ>
 KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept, A* growth, KlDivCentred& centred) {
   const double inv_t = inverse_temperature<A>(t);
   t = 1 / inv_t;
   const int64_t segments = segment_count(classes, columns);
   KlDivScan scan;
   if (segments == 1) {
-    scan = scan_columns<A, kKeep>(p, q, 0, classes, inv_t, kept);
+    scan = scan_columns<A>(p, q, 0, classes, inv_t, kept);
   } else {
     const auto parts = std::make_unique<KlDivScan[]>(static_cast<size_t>(segments));
-    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan_columns<A, kKeep>(p, q, first, last, inv_t, kept); });
+    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan_columns<A>(p, q, first, last, inv_t, kept); });
     for (int64_t k = 0; k < segments; ++k) scan.merge(parts[k], inv_t);
   }
   KlDivStat stat = scan.finish(t);
   if (!(stat.kl < kKlNear)) return stat;
   centred = {};
   if (segments == 1) {
-    centred = centred_columns<A, kKeep, kWant>(p, q, 0, classes, inv_t, stat, kept, growth);
+    centred = centred_columns<A, kWant>(p, q, 0, classes, inv_t, stat, kept, growth);
   } else {
     const auto parts = std::make_unique<KlDivCentred[]>(static_cast<size_t>(segments));
     for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) {
-      parts[k] = centred_columns<A, kKeep, kWant>(p, q, first, last, inv_t, stat, kept, growth);
+      parts[k] = centred_columns<A, kWant>(p, q, first, last, inv_t, stat, kept, growth);
     });
     for (int64_t k = 0; k < segments; ++k) centred.shift += parts[k].shift, centred.phi += parts[k].phi;
   }
   centred.finish(stat, t);
   return stat;
+}
+
+// P's gradient is p u, and the classes that share P's mass may have a u far smaller than the t - s that the scan averaged
+// in A. The far form takes the mean's error, E_p[u], from a second look at the row; the near form has done so already.
+template <class A, class TP, class TQ>
+void recentre(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, KlDivStat& stat) {
+  if (!(stat.kl >= kKlNear) || std::isinf(stat.kl)) return;
+  const double inv = inverse_temperature<A>(t);
+  const Split<A> centre(stat.mean, stat.mean_lo);
+  const ExpFrom<A> prob(stat.lse_p, inv);
+  const int64_t segments = segment_count(classes, columns);
+  const auto parts = std::make_unique<double[]>(static_cast<size_t>(segments));
+  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t segment) {
+    double part = 0;
+    for (int64_t b = first; b < last; b += kBlock) {
+      Vec<A> sum(A(0));
+      for_lanes<A>(std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+        const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>), s = load_lanes<A>(q + b + i, count, -kInf<A>);
+        const Vec<A> x = prob(t_i), zero(A(0));
+        sum = sum + select(x > zero, x * difference_minus(t_i, s, centre), zero);
+      });
+      part += sum_of(sum);
+    }
+    parts[static_cast<size_t>(segment)] = part;
+  });
+  double shift = 0;
+  for (int64_t k = 0; k < segments; ++k) shift += parts[static_cast<size_t>(k)];
+  stat.set_mean(stat.mean, stat.mean_lo + shift);
 }
 
 // The class with more than half of P's mass, and the sums of the other classes' gradients.
@@ -265,8 +281,8 @@ struct Peak {
   }
 };
 
-// Gradients of a part of a row from its statistics alone.
-template <class A, class TP, class TQ>
+// Gradients of a part of a row from its statistics alone: P's, Q's or both.
+template <class A, bool kP, bool kQ, class TP, class TQ>
 Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first, int64_t last, double t, const KlDivStat& stat, double coefficient) {
   const double inv = inverse_temperature<A>(t);
   const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv)), kl(static_cast<A>(stat.kl));
@@ -281,29 +297,33 @@ Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t f
       const int64_t i = b + j;
       // The padding of the tail has no mass.
       const Vec<A> tv = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
-      const Vec<A> x = prob_p(tv);
-      const Vec<A> u = difference_minus(tv, s, centre) * inv_t;
-      const Vec<A> gp = infinite ? zero : select(x == zero, zero, c * x * u);
-      Vec<A> gq;
-      if (near) {
-        const Vec<A> v = u + kl, small = is_small(v);
-        gq = x * (phi_small(v) - v);
-        if (!all(small)) {
-          const Vec<A> middle = v.abs() < Vec<A>(A(8));
-          Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
-          if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
-          gq = select(small, gq, gap);
-        }
-      } else {
-        gq = prob_q(s) - x;
-      }
-      gq = c * gq;
-      const Vec<A> top = x > half;
+      const Vec<A> x = prob_p(tv), top = x > half;
       if (any(top)) peak.at = i + first_lane(top);
-      others_p = others_p + select(top, zero, gp), others_q = others_q + select(top, zero, gq);
+      Vec<A> u(A(0)), gp(A(0)), gq(A(0));
+      if (kP || near) u = difference_minus(tv, s, centre) * inv_t;
+      if constexpr (kP) {
+        gp = infinite ? zero : select(x == zero, zero, c * x * u);
+        others_p = others_p + select(top, zero, gp);
+      }
+      if constexpr (kQ) {
+        if (near) {
+          const Vec<A> v = u + kl, small = is_small(v);
+          gq = x * (phi_small(v) - v);
+          if (!all(small)) {
+            const Vec<A> middle = v.abs() < Vec<A>(A(8));
+            Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
+            if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
+            gq = select(small, gq, gap);
+          }
+        } else {
+          gq = prob_q(s) - x;
+        }
+        gq = c * gq;
+        others_q = others_q + select(top, zero, gq);
+      }
       // Written last: either may be the storage of its own side.
-      if (grad_p != nullptr) store_lanes<A>(grad_p + i, gp, count);
-      if (grad_q != nullptr) store_lanes<A>(grad_q + i, gq, count);
+      if constexpr (kP) store_lanes<A>(grad_p + i, gp, count);
+      if constexpr (kQ) store_lanes<A>(grad_q + i, gq, count);
     });
     peak.others_p += sum_of(others_p), peak.others_q += sum_of(others_q);
   }
@@ -315,8 +335,23 @@ void fill_zero(T* x, int64_t n) {
   std::memset(static_cast<void*>(x), 0, static_cast<size_t>(n) * sizeof(T));
 }
 
+// A thread's room for one row's exponentials: of P always, of Q if asked for.
+template <class A>
+struct Scratch {
+  std::unique_ptr<A[]> exps;
+  std::unique_ptr<double[]> maxima;
+  int64_t chunks;
+
+  Scratch(int64_t classes, bool both)
+      : exps(std::make_unique_for_overwrite<A[]>(static_cast<size_t>(both ? 2 * classes : classes))),
+        maxima(std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * ((classes + kChunk - 1) / kChunk)))),
+        chunks((classes + kChunk - 1) / kChunk) {}
+  Kept<A> kept(A* exp_q) const { return {exps.get(), exp_q, maxima.get(), maxima.get() + chunks}; }
+};
+
 template <class A, class TP, class TQ>
 void forward_logits(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const Scratch<A> scratch(k.rows.classes, false);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {{}};
   RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
@@ -325,8 +360,8 @@ void forward_logits(const KlDivForward& k, int64_t begin, int64_t end, ForEach c
     double loss = 0;
     if (weight != 0) {
       KlDivCentred centred;
-      stat = logits_row<A, false, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, Kept<A>{},
-                                     static_cast<A*>(nullptr), centred);
+      stat = logits_row<A, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, scratch.kept(nullptr),
+                              static_cast<A*>(nullptr), centred);
       loss = weight * stat.kl;
     }
     stat.store(k.stat + KlDivStat::kSize * i);
@@ -346,13 +381,15 @@ void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
       if (gq) fill_zero(gq, k.rows.classes);
       return;
     }
-    const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * i);
+    auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * i);
     const auto* p = static_cast<const TP*>(x[0]);
     const auto* q = static_cast<const TQ*>(x[1]);
+    if (gp) recentre<A>(p, q, k.rows.classes, k.rows.temperature, columns, stat);
     const int64_t n = k.rows.classes, segments = segment_count(n, columns);
     const auto parts = std::make_unique<Peak[]>(static_cast<size_t>(segments));
     for_segments(n, columns, [&](int64_t first, int64_t last, int64_t s) {
-      parts[s] = logits_gradient<A>(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
+      const auto gradient = gp && gq ? &logits_gradient<A, true, true, TP, TQ> : gp ? &logits_gradient<A, true, false, TP, TQ> : &logits_gradient<A, false, true, TP, TQ>;
+      parts[s] = gradient(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
     });
     Peak peak;
     for (int64_t s = 0; s < segments; ++s) peak.merge(parts[s]);
@@ -367,11 +404,12 @@ template <class A, bool kQ, class TP, class TQ>
 void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, double t, double coefficient, ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
   KlDivCentred centred;
   const double inv_t = inverse_temperature<A>(t);
-  stat = logits_row<A, true, kQ ? 1 : 2>(p, q, classes, t, columns, kept, grad, centred);
+  stat = logits_row<A, kQ ? 1 : 2>(p, q, classes, t, columns, kept, grad, centred);
   if (!kQ && std::isinf(stat.kl)) {
     fill_zero(grad, classes);
     return;
   }
+  if constexpr (!kQ) recentre<A>(p, q, classes, t, columns, stat);
   const bool near = stat.kl < kKlNear;
   // near: grad holds growth. Q: (p expm1(-u) - p E[expm1(-u)]) / E[e^-u]. P: p u - p E[u].
   const double scale = coefficient * inv_t / (near && kQ ? 1 + centred.growth() : 1);
@@ -425,11 +463,10 @@ void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, doub
 
 template <class A, class TP, class TQ>
 void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  const int64_t n = k.rows.classes, chunks = (n + kChunk - 1) / kChunk;
-  // e^p always; e^q in the gradient's own row while that is not also q's, which the near form reads again.
+  const int64_t n = k.rows.classes;
+  // Q's exponentials wait in the gradient's own row, unless that is also q's, which the near form reads again.
   const bool over_input = k.wrt_q && k.grad.data == k.rows.q.data;
-  const auto scratch = std::make_unique_for_overwrite<A[]>(static_cast<size_t>(over_input ? 2 * n : n));
-  const auto maxima = std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * chunks));
+  const Scratch<A> scratch(n, over_input);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
   RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
@@ -439,7 +476,7 @@ void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t en
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
-      const Kept<A> kept{scratch.get(), !k.wrt_q ? nullptr : over_input ? scratch.get() + n : grad, maxima.get(), maxima.get() + chunks};
+      const Kept<A> kept = scratch.kept(!k.wrt_q ? nullptr : over_input ? scratch.exps.get() + n : grad);
       const auto* p = static_cast<const TP*>(x[0]);
       const auto* q = static_cast<const TQ*>(x[1]);
       if constexpr (std::is_same_v<TQ, A>)
