@@ -328,25 +328,36 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_seconds() -> tuple[float, float]:
+    """CPU time of the whole machine, and of this program with the processes it has waited for."""
+    used = os.times()
+    ours = used.user + used.system + used.children_user + used.children_system
+    if not Path("/proc/stat").exists():
+        return ours, ours
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), ours
+
+
 def read_setting(path: str) -> str:
     return Path(path).read_text().strip() if Path(path).exists() else "not there"
 
 
 def run_capability(name: str) -> Run:
     title = f"ATEN_CPU_CAPABILITY={name}"
-    return run_worker(title, list(LARGE), OURS_ALONE, rounds=9, ATEN_CPU_CAPABILITY=name)
+    return run_worker(title, list(LARGE), OURS_ALONE, rounds=5, ATEN_CPU_CAPABILITY=name)
 
 
 def report() -> None:
     everyone = [COPY, OURS, IN_PLACE, EAGER, COMPILED]
-    load = os.getloadavg()[0]
-    start = time.perf_counter()
+    start, (machine_start, ours_start) = time.perf_counter(), busy_seconds()
     main_run = run_worker("large shapes", list(LARGE), everyone, rounds=11)
     small = run_worker("small rows", [SMALL], [OURS, EAGER, COMPILED], rounds=21)
     huge = run_worker("with THP_MEM_ALLOC_ENABLE=1", list(LARGE), everyone, rounds=9, THP_MEM_ALLOC_ENABLE="1")
     lower = [run_capability(name) for name in ("avx2", "default")]
-    sweep = run_worker("classes", SWEEP, everyone, rounds=7, all_gradients=False)
+    sweep = run_worker("classes", SWEEP, everyone, rounds=5, all_gradients=False)
     best = main_run.capability
+    machine_end, ours_end = busy_seconds()
+    others = (machine_end - machine_start - (ours_end - ours_start)) / (time.perf_counter() - start)
 
     machine = f"{cpu_model()}, {THREADS} threads, {best}, torch {torch.__version__.split('+')[0]}"
     draw(sweep.times, machine)
@@ -357,12 +368,16 @@ def report() -> None:
         "Written by `python benchmarks/kl_div.py`; README.md states the rules.",
         "",
         f"- date: {datetime.date.today().isoformat()}",
-        f"- processor: {cpu_model()}, {os.cpu_count()} cores, {best}; load when the run began {load:.1f}",
+        f"- processor: {cpu_model()}, {os.cpu_count()} cores, {best}; other programs kept {others:.2f} cores busy",
         f"- system: {platform.system()} {platform.release()}, transparent huge pages "
         f"`{read_setting('/sys/kernel/mm/transparent_hugepage/enabled')}`",
         f"- torch {torch.__version__}, torch_divergence {td.__version__}, Python {platform.python_version()}, "
         f"{THREADS} threads",
         "",
+        *(
+            [f"**Not an idle machine ({others:.2f} cores busy): run it again before quoting a figure.**", ""]
+            * (others > 0.1)
+        ),
         "## Large shapes",
         "",
         f"Milliseconds; in brackets, multiples of the limit ({LIMIT_COPIES} x the time of `dst.copy_(src)` for one "

@@ -1,7 +1,8 @@
 // apply<F>(args...): run a torch::autograd::Function from an Autograd-key kernel.
 //
 // Why not F::apply (torch/csrc/autograd/custom_function.h):
-//   1. It refuses to run under torch.func, because a Function called from outside the dispatcher sees only one transform
+//   1. It refuses to run under torch.func, because a Function called from outside the dispatcher sees only one
+//   transform
 //      level. An Autograd-key kernel is entered once per level, like the generated kernels of native operators, so the
 //      refusal is not needed here. Only here: never call apply() from anything but an Autograd-key kernel, and let that
 //      kernel's forward redispatch to its own operator.
@@ -67,8 +68,9 @@ auto apply(Args&&... args) {
 #ifndef NDEBUG
   for (const auto& o : outputs)
     for (const auto& i : inputs)
-      TORCH_INTERNAL_ASSERT(!o.has_storage() || !i.has_storage() || o.nbytes() == 0 || !o.storage().is_alias_of(i.storage()),
-                            F::name, ": an output shares storage with an input");
+      TORCH_INTERNAL_ASSERT(
+          !o.has_storage() || !i.has_storage() || o.nbytes() == 0 || !o.storage().is_alias_of(i.storage()), F::name,
+          ": an output shares storage with an input");
 #endif
 
   if (differentiate) {

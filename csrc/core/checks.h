@@ -24,6 +24,7 @@ int64_t check_dim(const char* name, const at::Tensor& input, int64_t dim);
 SpaceCode check_space(const char* name, const char* argument, std::string_view space);
 void check_temperature(const char* name, double temperature, bool any_logits);
 // Is `value` the second of the two choices?
-bool check_choice(const char* name, const char* argument, std::string_view value, std::string_view first, std::string_view second);
+bool check_choice(const char* name, const char* argument, std::string_view value, std::string_view first,
+                  std::string_view second);
 
 }  // namespace torch_divergence

@@ -19,12 +19,10 @@ Isa isa();
   namespace cpu::AVX512 {                      \
   void name arguments;                         \
   }
-#define TD_CPU_KERNEL(name)                                                                    \
-  (::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx512                      \
-       ? &::torch_divergence::cpu::AVX512::name                                                \
-       : ::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx2                  \
-             ? &::torch_divergence::cpu::AVX2::name                                            \
-             : &::torch_divergence::cpu::DEFAULT::name)
+#define TD_CPU_KERNEL(name)                                                                                        \
+  (::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx512 ? &::torch_divergence::cpu::AVX512::name \
+   : ::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx2 ? &::torch_divergence::cpu::AVX2::name   \
+                                                                          : &::torch_divergence::cpu::DEFAULT::name)
 #else
 #define TD_DECLARE_CPU_KERNEL(name, arguments) \
   namespace cpu::DEFAULT {                     \

@@ -4,9 +4,9 @@
 #include <ATen/TracerMode.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <utility>
 
@@ -44,7 +44,8 @@ at::Tensor hand_over(at::Tensor saved, const at::Tensor& factor) {
 }
 
 bool is_plain_eager(const at::Tensor& t) {
-  return t.is_cpu() && !at::isTensorSubclassLike(t) && !torch::autograd::isFwGradDefined(t) && !at::tracer::impl::is_dispatch_enabled() &&
+  return t.is_cpu() && !at::isTensorSubclassLike(t) && !torch::autograd::isFwGradDefined(t) &&
+         !at::tracer::impl::is_dispatch_enabled() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 

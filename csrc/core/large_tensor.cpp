@@ -22,8 +22,8 @@ namespace {
 
 #if defined(__linux__)
 
-// The kept block. Never destroyed: tensors may outlive static destruction. A child of fork gets a copy of block and lock;
-// holding the lock across fork makes both usable there.
+// The kept block. Never destroyed: tensors may outlive static destruction. A child of fork gets a copy of block and
+// lock; holding the lock across fork makes both usable there.
 struct Kept {
   std::mutex mutex;
   void* block = nullptr;
@@ -32,7 +32,8 @@ struct Kept {
   static Kept& instance() {
     static Kept* const kept = [] {
       auto* created = std::make_unique<Kept>().release();
-      pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); }, [] { instance().mutex.unlock(); });
+      pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
+                     [] { instance().mutex.unlock(); });
       return created;
     }();
     return *kept;
@@ -107,8 +108,10 @@ at::Tensor empty_like_large(const at::Tensor& t) {
   const auto dtype = t.scalar_type();
   if (t.device().is_cpu() && static_cast<size_t>(t.numel()) * c10::elementSize(dtype) >= kHugePage) {
     static HugePageAllocator* const allocator = std::make_unique<HugePageAllocator>().release();
-    const auto strides = t.is_non_overlapping_and_dense() ? t.strides().vec() : at::infer_dense_strides(t.sizes(), t.strides());
-    const at::Tensor out(at::detail::empty_strided_generic(t.sizes(), strides, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
+    const auto strides =
+        t.is_non_overlapping_and_dense() ? t.strides().vec() : at::infer_dense_strides(t.sizes(), t.strides());
+    const at::Tensor out(at::detail::empty_strided_generic(t.sizes(), strides, allocator,
+                                                           c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
     // What at::empty does under torch.use_deterministic_algorithms(True), so that a part left unwritten shows.
     if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
       out.fill_(std::numeric_limits<double>::quiet_NaN());

@@ -1,9 +1,9 @@
 // Outputs of the size of the input: at::empty_like, on transparent huge pages where that pays.
 //
-// Touching fresh memory costs more than the arithmetic of these losses: cloning 64 MB takes 16 ms on 4 KB pages, 4 ms on
-// 2 MB pages, 3 ms in memory touched before. So outputs of kPage and more are aligned to 2 MB and advised MADV_HUGEPAGE,
-// and one freed block of at most kMaxKept is kept for the next request of its size (a training loop frees each step's
-// gradient before it makes the next). empty_cache() returns it.
+// Touching fresh memory costs more than the arithmetic of these losses: cloning 64 MB takes 16 ms on 4 KB pages, 4 ms
+// on 2 MB pages, 3 ms in memory touched before. So outputs of kPage and more are aligned to 2 MB and advised
+// MADV_HUGEPAGE, and one freed block of at most kMaxKept is kept for the next request of its size (a training loop
+// frees each step's gradient before it makes the next). empty_cache() returns it.
 #pragma once
 #include <ATen/core/Tensor.h>
 

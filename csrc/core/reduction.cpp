@@ -12,8 +12,9 @@
 
 namespace torch_divergence {
 
-RowReduction::RowReduction(const char* name, const at::Tensor& input, at::ScalarType loss_dtype, const std::optional<at::Tensor>& row_weight,
-                           std::string_view reduction, const std::optional<at::Tensor>& normalizer)
+RowReduction::RowReduction(const char* name, const at::Tensor& input, at::ScalarType loss_dtype,
+                           const std::optional<at::Tensor>& row_weight, std::string_view reduction,
+                           const std::optional<at::Tensor>& normalizer)
     : row_count_(1) {
   const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
   for (const auto& size : rows) row_count_ = row_count_ * size;
@@ -25,38 +26,50 @@ RowReduction::RowReduction(const char* name, const at::Tensor& input, at::Scalar
   } else if (reduction == "mean") {
     kind_ = Kind::Mean;
   } else if (reduction == "batchmean") {
-    TORCH_CHECK_VALUE(rows.size() <= 1 && !row_weight.has_value(), name, ": reduction is \"batchmean\" with ",
-                      row_weight.has_value() ? "row_weight" : "more than one leading dimension",
-                      ", where the batch is ambiguous; expected \"mean\" (over all rows), or \"mean\" with normalizer=input.size(0)");
+    TORCH_CHECK_VALUE(
+        rows.size() <= 1 && !row_weight.has_value(), name, ": reduction is \"batchmean\" with ",
+        row_weight.has_value() ? "row_weight" : "more than one leading dimension",
+        ", where the batch is ambiguous; expected \"mean\" (over all rows), or \"mean\" with normalizer=input.size(0)");
     kind_ = Kind::Mean;
   } else {
-    TORCH_CHECK_VALUE(false, name, ": reduction is \"", reduction, R"(", expected "none", "sum", "mean" or "batchmean")");
+    TORCH_CHECK_VALUE(false, name, ": reduction is \"", reduction,
+                      R"(", expected "none", "sum", "mean" or "batchmean")");
   }
 
   if (row_weight.has_value()) {
     const auto& w = *row_weight;
     const auto type = w.scalar_type();
-    TORCH_CHECK_VALUE(at::isFloatingType(type) || type == at::kBool, name, ": row_weight has dtype ", type, ", expected a floating dtype or bool");
-    TORCH_CHECK_VALUE(!w.requires_grad(), name, ": row_weight requires grad, expected a constant; weight the rows of reduction=\"none\" to differentiate it");
-    TORCH_CHECK_VALUE(w.device() == input.device(), name, ": row_weight is on ", w.device(), ", expected ", input.device(), ", where input is");
+    TORCH_CHECK_VALUE(at::isFloatingType(type) || type == at::kBool, name, ": row_weight has dtype ", type,
+                      ", expected a floating dtype or bool");
+    TORCH_CHECK_VALUE(
+        !w.requires_grad(), name,
+        ": row_weight requires grad, expected a constant; weight the rows of reduction=\"none\" to differentiate it");
+    TORCH_CHECK_VALUE(w.device() == input.device(), name, ": row_weight is on ", w.device(), ", expected ",
+                      input.device(), ", where input is");
     const int64_t missing = static_cast<int64_t>(rows.size()) - w.dim();
     bool fits = missing >= 0;
-    for (int64_t d = 0; fits && d < w.dim(); ++d) fits = w.sym_size(d) == 1 || w.sym_size(d) == rows[static_cast<size_t>(d + missing)];
-    TORCH_CHECK_VALUE(fits, name, ": row_weight has shape ", w.sym_sizes(), ", expected one that broadcasts to ", rows, ", the shape of the rows");
+    for (int64_t d = 0; fits && d < w.dim(); ++d)
+      fits = w.sym_size(d) == 1 || w.sym_size(d) == rows[static_cast<size_t>(d + missing)];
+    TORCH_CHECK_VALUE(fits, name, ": row_weight has shape ", w.sym_sizes(), ", expected one that broadcasts to ", rows,
+                      ", the shape of the rows");
     weight_ = w.to(loss_dtype).expand_symint(rows);
   }
   if (normalizer.has_value()) {
-    TORCH_CHECK_VALUE(reduction == "mean", name, ": normalizer is given with reduction \"", reduction, "\", expected \"mean\", whose denominator it replaces");
-    TORCH_CHECK_VALUE(normalizer->dim() == 0, name, ": normalizer has shape ", normalizer->sym_sizes(), ", expected a number or a 0-dim tensor");
-    TORCH_CHECK_VALUE(!at::isComplexType(normalizer->scalar_type()) && normalizer->scalar_type() != at::kBool, name, ": normalizer has dtype ",
-                      normalizer->scalar_type(), ", expected a real number");
-    TORCH_CHECK_VALUE(!normalizer->requires_grad(), name,
-                      ": normalizer requires grad, expected a constant; divide the sum of reduction=\"none\" to differentiate it");
-    TORCH_CHECK_VALUE(normalizer->device() == input.device() || normalizer->is_cpu(), name, ": normalizer is on ", normalizer->device(), ", expected ",
-                      input.device(), " or the CPU");
+    TORCH_CHECK_VALUE(reduction == "mean", name, ": normalizer is given with reduction \"", reduction,
+                      "\", expected \"mean\", whose denominator it replaces");
+    TORCH_CHECK_VALUE(normalizer->dim() == 0, name, ": normalizer has shape ", normalizer->sym_sizes(),
+                      ", expected a number or a 0-dim tensor");
+    TORCH_CHECK_VALUE(!at::isComplexType(normalizer->scalar_type()) && normalizer->scalar_type() != at::kBool, name,
+                      ": normalizer has dtype ", normalizer->scalar_type(), ", expected a real number");
+    TORCH_CHECK_VALUE(
+        !normalizer->requires_grad(), name,
+        ": normalizer requires grad, expected a constant; divide the sum of reduction=\"none\" to differentiate it");
+    TORCH_CHECK_VALUE(normalizer->device() == input.device() || normalizer->is_cpu(), name, ": normalizer is on ",
+                      normalizer->device(), ", expected ", input.device(), " or the CPU");
     if (is_plain_eager(*normalizer)) {  // elsewhere there is no value to look at, or looking would synchronise
       const double value = normalizer->item().toDouble();
-      TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), name, ": normalizer is ", value, ", expected a positive finite number");
+      TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), name, ": normalizer is ", value,
+                        ", expected a positive finite number");
     }
     normalizer_ = *normalizer;
   }
@@ -92,7 +105,8 @@ at::Tensor checked_weight(const char* name, const std::optional<at::Tensor>& wei
   auto w = weight->to(at::kDouble).contiguous();
   const double* const x = w.const_data_ptr<double>();
   const auto* const bad = std::find_if_not(x, x + w.numel(), [](double v) { return v >= 0 && std::isfinite(v); });
-  TORCH_CHECK_VALUE(bad == x + w.numel(), name, ": row_weight holds ", *bad, " for row ", bad - x, ", expected finite values that are not negative");
+  TORCH_CHECK_VALUE(bad == x + w.numel(), name, ": row_weight holds ", *bad, " for row ", bad - x,
+                    ", expected finite values that are not negative");
   return w;
 }
 

@@ -11,8 +11,9 @@ namespace torch_divergence {
 class RowReduction {
  public:
   // input has its class dimension last; dims is how many dimensions the caller's input had before them.
-  RowReduction(const char* name, const at::Tensor& input, at::ScalarType loss_dtype, const std::optional<at::Tensor>& row_weight,
-               std::string_view reduction, const std::optional<at::Tensor>& normalizer);
+  RowReduction(const char* name, const at::Tensor& input, at::ScalarType loss_dtype,
+               const std::optional<at::Tensor>& row_weight, std::string_view reduction,
+               const std::optional<at::Tensor>& normalizer);
 
   bool reduces() const { return kind_ != Kind::None; }
   // One weight a row, of the loss's dtype, or nothing.

@@ -24,7 +24,9 @@ inline DType kernel_dtype(at::ScalarType type) {
 // The dimensions before the last, neighbours that step alike merged into one.
 RowLayout row_layout(const at::Tensor& t);
 
-inline RowsIn rows_in(const at::Tensor& t) { return {t.const_data_ptr(), kernel_dtype(t.scalar_type()), row_layout(t)}; }
+inline RowsIn rows_in(const at::Tensor& t) {
+  return {t.const_data_ptr(), kernel_dtype(t.scalar_type()), row_layout(t)};
+}
 inline RowsOut rows_out(const at::Tensor& t) {
   return t.numel() > 0 ? RowsOut{t.mutable_data_ptr(), kernel_dtype(t.scalar_type()), row_layout(t)} : RowsOut{};
 }
@@ -33,8 +35,8 @@ inline int64_t row_count(const at::Tensor& t) { return t.numel() / t.size(-1); }
 
 void for_each_parallel(int64_t count, void* context, void (*body)(void*, int64_t));
 
-// kernel(begin, end, columns) over all rows. Rows go to threads in blocks of at least 32k entries (less does not pay for
-// waking a thread); where rows are fewer than threads, each row's columns are split instead.
+// kernel(begin, end, columns) over all rows. Rows go to threads in blocks of at least 32k entries (less does not pay
+// for waking a thread); where rows are fewer than threads, each row's columns are split instead.
 template <class Kernel>
 void parallel_rows(int64_t rows, int64_t classes, const Kernel& kernel) {
   constexpr int64_t kEntries = int64_t{1} << 15;

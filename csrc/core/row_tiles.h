@@ -17,7 +17,8 @@ inline __attribute__((always_inline)) int64_t bytes_of(DType type) {
 template <int kIn, int kOut>
 class RowTiles {
  public:
-  RowTiles(const RowsIn (&in)[kIn], const RowsOut (&out)[kOut], int64_t classes) : in_(in), out_(out), classes_(classes) {
+  RowTiles(const RowsIn (&in)[kIn], const RowsOut (&out)[kOut], int64_t classes)
+      : in_(in), out_(out), classes_(classes) {
     // One cache line of neighbours, as long as the buffers stay within a core's own cache.
     constexpr int64_t kEntries = int64_t{1} << 14;
     bool strided = false;
@@ -40,13 +41,15 @@ class RowTiles {
       for (int64_t r = 0; r < count; ++r) {
         const void* in[kIn];
         void* out[kOut];
-        for (int k = 0; k < kIn; ++k) in[k] = row(in_[k].data, in_[k].layout, in_[k].dtype, in_buffer_[k].get(), first, r);
+        for (int k = 0; k < kIn; ++k)
+          in[k] = row(in_[k].data, in_[k].layout, in_[k].dtype, in_buffer_[k].get(), first, r);
         for (int k = 0; k < kOut; ++k)
           out[k] = row(out_[k].data, out_[k].layout, out_[k].dtype, out_buffer_[k].get(), first, r);
         visit(first + r, in, out);
       }
       for (int k = 0; k < kOut; ++k)
-        if (out_buffer_[k]) move<false>(out_[k].data, out_[k].layout, out_[k].dtype, out_buffer_[k].get(), first, count);
+        if (out_buffer_[k])
+          move<false>(out_[k].data, out_[k].layout, out_[k].dtype, out_buffer_[k].get(), first, count);
     }
   }
 

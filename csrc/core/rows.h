@@ -1,6 +1,7 @@
 // Rows of a tensor as the kernels see them: raw pointers, a layout, no ATen. Serves the CPU kernels and nvcc.
 //
-// A "row" is one distribution: the entries along the last dimension. The dimensions before it, coalesced, number the rows.
+// A "row" is one distribution: the entries along the last dimension. The dimensions before it, coalesced, number the
+// rows.
 #pragma once
 #include <cstdint>
 
@@ -42,9 +43,9 @@ struct RowsOut {
   RowLayout layout;
 };
 
-// Runs body(context, i) for every i in [0, count), in parallel: how a kernel splits one long row where rows are fewer than
-// threads. Null: there are rows enough for all threads, do not split. A plain function pointer, because std::function would
-// leave weak symbols in the objects of each instruction set.
+// Runs body(context, i) for every i in [0, count), in parallel: how a kernel splits one long row where rows are fewer
+// than threads. Null: there are rows enough for all threads, do not split. A plain function pointer, because
+// std::function would leave weak symbols in the objects of each instruction set.
 using ForEach = void (*)(int64_t count, void* context, void (*body)(void* context, int64_t index));
 
 }  // namespace torch_divergence

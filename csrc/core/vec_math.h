@@ -210,7 +210,7 @@ TD_INLINE bool all(Vec<A> mask) {
 }
 template <class A>
 TD_INLINE bool any(Vec<A> mask) {
-  return mask.zero_mask() != (1 << kLanes<A>) - 1;
+  return mask.zero_mask() != (1 << kLanes<A>)-1;
 }
 
 template <class A>
@@ -246,7 +246,8 @@ TD_INLINE A min_lane(Vec<A> v) {
 
 // e^x at about 1 ulp: k = round(x log2 e), r = x - k ln 2 with ln 2 in two parts (Cody and Waite), a polynomial for e^r
 // (degree 6, Chebyshev interpolation of (e^r - 1 - r)/r^2 on |r| <= ln(2)/2, relative error 1e-8), and 2^k. Gradual
-// underflow; -inf -> 0, +inf -> inf, NaN -> NaN. Beyond +-104 the result is 0 or inf, so clamping there changes nothing.
+// underflow; -inf -> 0, +inf -> inf, NaN -> NaN. Beyond +-104 the result is 0 or inf, so clamping there changes
+// nothing.
 //
 // kBounded: the caller knows that x is in [-1e5, 0], or does not mind what it gets: no clamp.
 template <bool kBounded = false>
@@ -257,8 +258,10 @@ TD_INLINE Vec<float> exp_of(Vec<float> x) {
   constexpr float c6 = 0.0013926250830f, c5 = 0.0083632328837f, c4 = 0.041666554213f, c3 = 0.16666576666f, c2 = 0.5f;
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 c = x;
-  if constexpr (!kBounded) c = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_max_ps(_mm512_set1_ps(-104.f), c));  // NaN passes
-  const __m512 k = _mm512_sub_ps(_mm512_fmadd_ps(c, _mm512_set1_ps(kLog2e), _mm512_set1_ps(kMagic)), _mm512_set1_ps(kMagic));
+  if constexpr (!kBounded)
+    c = _mm512_min_ps(_mm512_set1_ps(104.f), _mm512_max_ps(_mm512_set1_ps(-104.f), c));  // NaN passes
+  const __m512 k =
+      _mm512_sub_ps(_mm512_fmadd_ps(c, _mm512_set1_ps(kLog2e), _mm512_set1_ps(kMagic)), _mm512_set1_ps(kMagic));
   __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Hi), c);
   r = _mm512_fnmadd_ps(k, _mm512_set1_ps(kLn2Lo), r);
   __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(c6), r, _mm512_set1_ps(c5));
@@ -295,7 +298,8 @@ TD_INLINE Vec<float> exp_of(Vec<float> x) {
     const float shifted = c * kLog2e + kMagic, k = shifted - kMagic;
     const float r = (c - k * kLn2Hi) - k * kLn2Lo;
     const float y = (((((c6 * r + c5) * r + c4) * r + c3) * r + c2) * r + 1.f) * r + 1.f;
-    const int32_t whole = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kMagic), half = whole >> 1, rest = whole - half;
+    const int32_t whole = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kMagic), half = whole >> 1,
+                  rest = whole - half;
     const float e = y * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((rest + 127) << 23);
     v = v != v ? v : e;
   }
@@ -303,6 +307,8 @@ TD_INLINE Vec<float> exp_of(Vec<float> x) {
 #endif
 }
 template <bool kBounded = false>
-TD_INLINE Vec<double> exp_of(Vec<double> x) { return x.exp(); }
+TD_INLINE Vec<double> exp_of(Vec<double> x) {
+  return x.exp();
+}
 
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY

@@ -4,8 +4,8 @@
 //   _kl_div                     rows of loss and their statistics              (differentiable: KlDiv)
 //   _kl_div_backward            gradients of either side, or both              (differentiable: KlDivGradient)
 //   _kl_div_double_backward     along (v_p, v_q); differentiated as a composite of ATen operators
-//   _kl_div_value_and_grad      loss and one side's gradient in one visit to memory, where nothing else can be asked for
-//   kl_div_inplace_grad         the same, over the input's own storage
+//   _kl_div_value_and_grad      loss and one side's gradient in one visit to memory, where nothing else can be asked
+//   for kl_div_inplace_grad         the same, over the input's own storage
 #include "kl_div/kl_div.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -44,30 +44,34 @@ using OptionalTensor = std::optional<Tensor>;
 
 // -- The private operators, called through the dispatcher -----------------------------------------------------------
 
-Tensors2 kl_div_rows(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature) {
+Tensors2 kl_div_rows(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                     int64_t q_space, double temperature) {
   using Signature = Tensors2(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double);
   static const auto op = typed_op<Signature>("torch_divergence::_kl_div");
   return op.call(p, q, row_weight, p_space, q_space, temperature);
 }
 
-Tensors2 kl_div_backward(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space, int64_t q_space, double temperature,
-                         std::array<bool, 2> mask) {
-  using Signature = Tensors2(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, std::array<bool, 2>);
+Tensors2 kl_div_backward(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space,
+                         int64_t q_space, double temperature, std::array<bool, 2> mask) {
+  using Signature = Tensors2(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, double,
+                             std::array<bool, 2>);
   static const auto op = typed_op<Signature>("torch_divergence::_kl_div_backward");
   return op.call(grad, p, q, stat, p_space, q_space, temperature, mask);
 }
 
-Tensors3 kl_div_double_backward(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad, const Tensor& p, const Tensor& q,
-                                const Tensor& stat, int64_t p_space, int64_t q_space, double temperature, std::array<bool, 3> mask) {
-  using Signature = Tensors3(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
-                             double, std::array<bool, 3>);
+Tensors3 kl_div_double_backward(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
+                                const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space, int64_t q_space,
+                                double temperature, std::array<bool, 3> mask) {
+  using Signature = Tensors3(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const Tensor&, int64_t, int64_t, double, std::array<bool, 3>);
   static const auto op = typed_op<Signature>("torch_divergence::_kl_div_double_backward");
   return op.call(v_p, v_q, grad, p, q, stat, p_space, q_space, temperature, mask);
 }
 
-Tensors3 kl_div_value_and_grad(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature,
-                               double scale, bool wrt_q) {
-  using Signature = Tensors3(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, bool);
+Tensors3 kl_div_value_and_grad(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                               int64_t q_space, double temperature, double scale, bool wrt_q) {
+  using Signature =
+      Tensors3(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, bool);
   static const auto op = typed_op<Signature>("torch_divergence::_kl_div_value_and_grad");
   return op.call(p, q, row_weight, p_space, q_space, temperature, scale, wrt_q);
 }
@@ -78,7 +82,9 @@ KlDivRows rows_of(const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_s
   return {rows_in(p), rows_in(q), static_cast<int>(p_space), static_cast<int>(q_space), p.size(-1), temperature};
 }
 
-Tensor empty_rows(const Tensor& p, at::ScalarType dtype) { return at::empty(p.sizes().slice(0, p.dim() - 1), p.options().dtype(dtype)); }
+Tensor empty_rows(const Tensor& p, at::ScalarType dtype) {
+  return at::empty(p.sizes().slice(0, p.dim() - 1), p.options().dtype(dtype));
+}
 
 Tensor empty_stat(const Tensor& p) {
   at::DimVector sizes(p.sizes());
@@ -88,52 +94,56 @@ Tensor empty_stat(const Tensor& p) {
 
 Tensor contiguous_double(const Tensor& t) { return t.to(at::kDouble).contiguous(); }
 
-Tensors2 kl_div_rows_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature) {
+Tensors2 kl_div_rows_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                         int64_t q_space, double temperature) {
   const auto weight = checked_weight("kl_div", row_weight);
   auto loss = empty_rows(p, loss_dtype(p, q));
   auto stat = empty_stat(p);
-  const KlDivForward call{rows_of(p, q, p_space, q_space, temperature), weight.defined() ? weight.const_data_ptr<double>() : nullptr,
-                          loss.mutable_data_ptr(), loss.scalar_type() == at::kDouble, stat.mutable_data_ptr<double>()};
+  const KlDivForward call{rows_of(p, q, p_space, q_space, temperature),
+                          weight.defined() ? weight.const_data_ptr<double>() : nullptr, loss.mutable_data_ptr(),
+                          loss.scalar_type() == at::kDouble, stat.mutable_data_ptr<double>()};
   const auto kernel = TD_CPU_KERNEL(kl_div_forward);
-  parallel_rows(loss.numel(), p.size(-1), [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
+  parallel_rows(loss.numel(), p.size(-1),
+                [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   return {std::move(loss), std::move(stat)};
 }
 
-Tensors2 kl_div_backward_cpu(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space, int64_t q_space,
-                             double temperature, std::array<bool, 2> mask) {
+Tensors2 kl_div_backward_cpu(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space,
+                             int64_t q_space, double temperature, std::array<bool, 2> mask) {
   const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
   auto grad_p = mask[0] ? empty_like_large(p) : at::empty({0}, p.options());
   auto grad_q = mask[1] ? empty_like_large(q) : at::empty({0}, q.options());
-  const KlDivBackward call{rows_of(p, q, p_space, q_space, temperature), coefficient.const_data_ptr<double>(), statistics.const_data_ptr<double>(),
-                           mask[0] ? rows_out(grad_p) : RowsOut{}, mask[1] ? rows_out(grad_q) : RowsOut{}};
+  const KlDivBackward call{rows_of(p, q, p_space, q_space, temperature), coefficient.const_data_ptr<double>(),
+                           statistics.const_data_ptr<double>(), mask[0] ? rows_out(grad_p) : RowsOut{},
+                           mask[1] ? rows_out(grad_q) : RowsOut{}};
   const auto kernel = TD_CPU_KERNEL(kl_div_backward);
   if (mask[0] || mask[1])
-    parallel_rows(coefficient.numel(), p.size(-1), [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
+    parallel_rows(coefficient.numel(), p.size(-1),
+                  [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   return {std::move(grad_p), std::move(grad_q)};
 }
 
-Tensors3 kl_div_double_backward_cpu(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad, const Tensor& p, const Tensor& q,
-                                    const Tensor& stat, int64_t p_space, int64_t q_space, double temperature, std::array<bool, 3> mask) {
+Tensors3 kl_div_double_backward_cpu(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
+                                    const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space,
+                                    int64_t q_space, double temperature, std::array<bool, 3> mask) {
   const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
   auto d_coefficient = at::empty(mask[0] ? grad.sizes() : at::IntArrayRef{0}, grad.options().dtype(at::kDouble));
   auto d_p = mask[1] ? empty_like_large(p) : at::empty({0}, p.options());
   auto d_q = mask[2] ? empty_like_large(q) : at::empty({0}, q.options());
-  const KlDivDoubleBackward call{rows_of(p, q, p_space, q_space, temperature),
-                                 v_p.has_value() ? rows_in(*v_p) : RowsIn{},
-                                 v_q.has_value() ? rows_in(*v_q) : RowsIn{},
-                                 coefficient.const_data_ptr<double>(),
-                                 statistics.const_data_ptr<double>(),
-                                 mask[0] ? d_coefficient.mutable_data_ptr<double>() : nullptr,
-                                 mask[1] ? rows_out(d_p) : RowsOut{},
-                                 mask[2] ? rows_out(d_q) : RowsOut{}};
+  const KlDivDoubleBackward call{
+      rows_of(p, q, p_space, q_space, temperature), v_p.has_value() ? rows_in(*v_p) : RowsIn{},
+      v_q.has_value() ? rows_in(*v_q) : RowsIn{},   coefficient.const_data_ptr<double>(),
+      statistics.const_data_ptr<double>(),          mask[0] ? d_coefficient.mutable_data_ptr<double>() : nullptr,
+      mask[1] ? rows_out(d_p) : RowsOut{},          mask[2] ? rows_out(d_q) : RowsOut{}};
   const auto kernel = TD_CPU_KERNEL(kl_div_double_backward);
-  parallel_rows(coefficient.numel(), p.size(-1), [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
+  parallel_rows(coefficient.numel(), p.size(-1),
+                [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   return {d_coefficient.to(grad.scalar_type()), std::move(d_p), std::move(d_q)};
 }
 
 // loss and stat of one visit that leaves the gradient in `gradient`, which may be the storage of its own side.
-Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space,
-                             double temperature, double scale, bool wrt_q) {
+Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tensor& q, const OptionalTensor& row_weight,
+                             int64_t p_space, int64_t q_space, double temperature, double scale, bool wrt_q) {
   const auto weight = checked_weight("kl_div", row_weight);
   auto stat = empty_stat(p);
   const int64_t rows = row_count(p);
@@ -141,7 +151,8 @@ Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tens
   double* const s = stat.mutable_data_ptr<double>();
   const KlDivValueAndGrad call{rows_of(p, q, p_space, q_space, temperature), w, scale, s, wrt_q, rows_out(gradient)};
   const auto kernel = TD_CPU_KERNEL(kl_div_value_and_grad);
-  parallel_rows(rows, p.size(-1), [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
+  parallel_rows(rows, p.size(-1),
+                [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   double sum = 0;
   for (int64_t i = 0; i < rows; ++i)
     if (w == nullptr || w[i] != 0) sum += (w != nullptr ? w[i] : 1) * s[KlDivStat::kSize * i + KlDivStat::kKl];
@@ -150,8 +161,8 @@ Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tens
   return {std::move(loss), std::move(stat)};
 }
 
-Tensors3 kl_div_value_and_grad_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space,
-                                   double temperature, double scale, bool wrt_q) {
+Tensors3 kl_div_value_and_grad_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                                   int64_t q_space, double temperature, double scale, bool wrt_q) {
   auto gradient = empty_like_large(wrt_q ? q : p);
   auto [loss, stat] = value_and_grad_into(gradient, p, q, row_weight, p_space, q_space, temperature, scale, wrt_q);
   return {std::move(loss), std::move(stat), std::move(gradient)};
@@ -159,26 +170,32 @@ Tensors3 kl_div_value_and_grad_cpu(const Tensor& p, const Tensor& q, const Optio
 
 // -- Meta -----------------------------------------------------------------------------------------------------------
 
-Tensors2 kl_div_rows_meta(const Tensor& p, const Tensor& q, const OptionalTensor& /*row_weight*/, int64_t, int64_t, double) {
+Tensors2 kl_div_rows_meta(const Tensor& p, const Tensor& q, const OptionalTensor& /*row_weight*/, int64_t, int64_t,
+                          double) {
   c10::SymDimVector stat(p.sym_sizes().begin(), p.sym_sizes().end());
   stat.back() = KlDivStat::kSize;
-  return {at::empty_symint(p.sym_sizes().slice(0, p.dim() - 1), p.options().dtype(loss_dtype(p, q))), at::empty_symint(stat, p.options().dtype(at::kDouble))};
+  return {at::empty_symint(p.sym_sizes().slice(0, p.dim() - 1), p.options().dtype(loss_dtype(p, q))),
+          at::empty_symint(stat, p.options().dtype(at::kDouble))};
 }
 
-Tensor like_or_nothing(const Tensor& t, bool wanted) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); }
+Tensor like_or_nothing(const Tensor& t, bool wanted) {
+  return wanted ? at::empty_like(t) : at::empty({0}, t.options());
+}
 
-Tensors2 kl_div_backward_meta(const Tensor&, const Tensor& p, const Tensor& q, const Tensor&, int64_t, int64_t, double, std::array<bool, 2> mask) {
+Tensors2 kl_div_backward_meta(const Tensor&, const Tensor& p, const Tensor& q, const Tensor&, int64_t, int64_t, double,
+                              std::array<bool, 2> mask) {
   return {like_or_nothing(p, mask[0]), like_or_nothing(q, mask[1])};
 }
 
-Tensors3 kl_div_double_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor&,
-                                     int64_t, int64_t, double, std::array<bool, 3> mask) {
-  return {mask[0] ? at::empty_symint(grad.sym_sizes(), grad.options()) : at::empty({0}, grad.options()), like_or_nothing(p, mask[1]),
-          like_or_nothing(q, mask[2])};
+Tensors3 kl_div_double_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& grad, const Tensor& p,
+                                     const Tensor& q, const Tensor&, int64_t, int64_t, double,
+                                     std::array<bool, 3> mask) {
+  return {mask[0] ? at::empty_symint(grad.sym_sizes(), grad.options()) : at::empty({0}, grad.options()),
+          like_or_nothing(p, mask[1]), like_or_nothing(q, mask[2])};
 }
 
-Tensors3 kl_div_value_and_grad_meta(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space,
-                                    double temperature, double, bool wrt_q) {
+Tensors3 kl_div_value_and_grad_meta(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                                    int64_t q_space, double temperature, double, bool wrt_q) {
   auto [loss, stat] = kl_div_rows_meta(p, q, row_weight, p_space, q_space, temperature);
   return {at::empty({}, loss.options()), std::move(stat), at::empty_like(wrt_q ? q : p)};
 }
@@ -187,7 +204,9 @@ Tensors3 kl_div_value_and_grad_meta(const Tensor& p, const Tensor& q, const Opti
 
 Tensor undefined_unless(bool wanted, Tensor t) { return wanted ? std::move(t) : Tensor(); }
 OptionalTensor if_defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor product_sum(const Tensor& g, const Tensor& tangent, at::ScalarType dtype) { return (g.to(dtype) * tangent.to(dtype)).sum(-1); }
+Tensor product_sum(const Tensor& g, const Tensor& tangent, at::ScalarType dtype) {
+  return (g.to(dtype) * tangent.to(dtype)).sum(-1);
+}
 
 // The double backward in ATen operators, for derivatives beyond the second. Notation of kl_div_cpu.cpp.
 struct Composite {
@@ -195,7 +214,8 @@ struct Composite {
   Tensor x, divisor, prob, log_prob;
   double t;
 
-  Composite(const Tensor& given, int64_t space_, double t_, at::ScalarType dtype) : space(space_), x(given.to(dtype)), t(t_) {
+  Composite(const Tensor& given, int64_t space_, double t_, at::ScalarType dtype)
+      : space(space_), x(given.to(dtype)), t(t_) {
     const auto zero = x == 0;  // log and division stay clear of it, or its infinities would come back as 0 * inf
     divisor = at::where(zero, 1, x);
     const auto log_x = at::where(zero, -std::numeric_limits<double>::infinity(), divisor.log());
@@ -209,15 +229,18 @@ struct Composite {
   Tensor dot(const Tensor& v) const { return space == kProbs ? v : prob * log_dot(v); }
 };
 
-Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad, const Tensor& p, const Tensor& q,
-                                   int64_t p_space, int64_t q_space, double temperature, std::array<bool, 3> mask) {
+Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
+                                   const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
+                                   double temperature, std::array<bool, 3> mask) {
   const auto dtype = loss_dtype(p, q);
   const Composite a(p, p_space, temperature, dtype), b(q, q_space, temperature, dtype);
-  const auto vp = v_p.has_value() ? v_p->to(dtype) : at::zeros_like(a.x), vq = v_q.has_value() ? v_q->to(dtype) : at::zeros_like(b.x);
+  const auto vp = v_p.has_value() ? v_p->to(dtype) : at::zeros_like(a.x),
+             vq = v_q.has_value() ? v_q->to(dtype) : at::zeros_like(b.x);
   // Classes of p = 0 are constant zeros by convention; the where keeps their infinities out of every derivative.
   const auto absent = a.prob == 0;
   const auto keep = [&](const Tensor& t) { return at::where(absent, 0, t); };
-  const auto l = keep(a.log_prob - b.log_prob), p_dot = a.dot(vp), log_q_dot = b.log_dot(vq), l_dot = keep(a.log_dot(vp) - log_q_dot);
+  const auto l = keep(a.log_prob - b.log_prob), p_dot = a.dot(vp), log_q_dot = b.log_dot(vq),
+             l_dot = keep(a.log_dot(vp) - log_q_dot);
   const auto mass = a.prob.sum(-1, true), mass_dot = p_dot.sum(-1, true), kl = (a.prob * l).sum(-1, true);
   const auto kl_dot = (p_dot * l + a.prob * l_dot).sum(-1, true);
   const auto g = grad.to(dtype).unsqueeze(-1);
@@ -233,15 +256,16 @@ Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTens
     d_q = q_space == kLogProbs ? -p_dot : at::where(b.prob == 0, 0, (a.prob * log_q_dot - p_dot) / b.divisor);
   }
   return {mask[0] ? kl_dot.squeeze(-1).to(grad.scalar_type()) : at::empty({0}, grad.options()),
-          mask[1] ? (g * keep(d_p)).to(p.scalar_type()) : at::empty({0}, p.options()), mask[2] ? (g * d_q).to(q.scalar_type()) : at::empty({0}, q.options())};
+          mask[1] ? (g * keep(d_p)).to(p.scalar_type()) : at::empty({0}, p.options()),
+          mask[2] ? (g * d_q).to(q.scalar_type()) : at::empty({0}, q.options())};
 }
 
 struct KlDiv : torch::autograd::Function<KlDiv> {
   static constexpr const char* name = "KlDivBackward";
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& p, const Variable& q, const OptionalTensor& row_weight, int64_t p_space,
-                               int64_t q_space, double temperature) {
+  static variable_list forward(AutogradContext* ctx, const Variable& p, const Variable& q,
+                               const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature) {
     auto [loss, stat] = kl_div_rows(p, q, row_weight, p_space, q_space, temperature);
     ctx->save_for_backward({p, q, stat, row_weight.value_or(Tensor())});
     ctx->saved_data["p_space"] = p_space;
@@ -252,13 +276,16 @@ struct KlDiv : torch::autograd::Function<KlDiv> {
     return {loss, stat};
   }
   // A row of weight 0 gets exactly 0, whatever the incoming gradient.
-  static Tensor weighted(const Tensor& g, const Tensor& weight) { return weight.defined() ? at::where(weight == 0, 0, g * weight) : g; }
+  static Tensor weighted(const Tensor& g, const Tensor& weight) {
+    return weight.defined() ? at::where(weight == 0, 0, g * weight) : g;
+  }
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
     if (!incoming[0].defined()) return variable_list(6);
     const auto s = ctx->get_saved_variables();
     const std::array<bool, 2> mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [gp, gq] = kl_div_backward(weighted(incoming[0], s[3]), s[0], s[1], s[2], ctx->saved_data["p_space"].toInt(), ctx->saved_data["q_space"].toInt(),
-                                    ctx->saved_data["temperature"].toDouble(), mask);
+    auto [gp, gq] =
+        kl_div_backward(weighted(incoming[0], s[3]), s[0], s[1], s[2], ctx->saved_data["p_space"].toInt(),
+                        ctx->saved_data["q_space"].toInt(), ctx->saved_data["temperature"].toDouble(), mask);
     return {undefined_unless(mask[0], gp), undefined_unless(mask[1], gq), Tensor(), Tensor(), Tensor(), Tensor()};
   }
   static variable_list jvp(AutogradContext* ctx, const variable_list& in, const variable_list& tangents) {
@@ -267,7 +294,8 @@ struct KlDiv : torch::autograd::Function<KlDiv> {
     const OptionalTensor weight = in.size() > 2 ? if_defined(in[2]) : std::nullopt;
     const auto [loss, stat] = kl_div_rows(in[0], in[1], weight, p_space, q_space, temperature);
     const std::array<bool, 2> mask{tangents[0].defined(), tangents[1].defined()};
-    const auto [gp, gq] = kl_div_backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0], in[1], stat, p_space, q_space, temperature, mask);
+    const auto [gp, gq] = kl_div_backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0], in[1], stat,
+                                          p_space, q_space, temperature, mask);
     auto tangent = at::zeros_like(loss);
     if (mask[0]) tangent = tangent + product_sum(gp, tangents[0], loss.scalar_type());
     if (mask[1]) tangent = tangent + product_sum(gq, tangents[1], loss.scalar_type());
@@ -281,8 +309,9 @@ struct KlDivGradient : torch::autograd::Function<KlDivGradient> {
   static constexpr const char* name = "KlDivGradientBackward";
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& grad, const Variable& p, const Variable& q, const Variable& stat, int64_t p_space,
-                               int64_t q_space, double temperature, std::array<bool, 2> mask) {
+  static variable_list forward(AutogradContext* ctx, const Variable& grad, const Variable& p, const Variable& q,
+                               const Variable& stat, int64_t p_space, int64_t q_space, double temperature,
+                               std::array<bool, 2> mask) {
     auto [gp, gq] = kl_div_backward(grad, p, q, stat, p_space, q_space, temperature, mask);
     ctx->save_for_backward({grad, p, q, stat});
     ctx->saved_data["p_space"] = p_space;
@@ -293,16 +322,18 @@ struct KlDivGradient : torch::autograd::Function<KlDivGradient> {
     ctx->set_materialize_grads(false);
     return {gp, gq};
   }
-  static Tensors3 along(AutogradContext* ctx, const Tensor& v_p, const Tensor& v_q, const Tensor& grad, const Tensor& p, const Tensor& q,
-                        const Tensor& stat, std::array<bool, 3> mask) {
-    return kl_div_double_backward(if_defined(v_p), if_defined(v_q), grad, p, q, stat, ctx->saved_data["p_space"].toInt(),
-                                  ctx->saved_data["q_space"].toInt(), ctx->saved_data["temperature"].toDouble(), mask);
+  static Tensors3 along(AutogradContext* ctx, const Tensor& v_p, const Tensor& v_q, const Tensor& grad, const Tensor& p,
+                        const Tensor& q, const Tensor& stat, std::array<bool, 3> mask) {
+    return kl_div_double_backward(if_defined(v_p), if_defined(v_q), grad, p, q, stat,
+                                  ctx->saved_data["p_space"].toInt(), ctx->saved_data["q_space"].toInt(),
+                                  ctx->saved_data["temperature"].toDouble(), mask);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& v) {
     const auto s = ctx->get_saved_variables();
     const std::array<bool, 3> mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     variable_list result(8);
-    const auto v_p = undefined_unless(ctx->saved_data["mask_p"].toBool(), v[0]), v_q = undefined_unless(ctx->saved_data["mask_q"].toBool(), v[1]);
+    const auto v_p = undefined_unless(ctx->saved_data["mask_p"].toBool(), v[0]),
+               v_q = undefined_unless(ctx->saved_data["mask_q"].toBool(), v[1]);
     if (!v_p.defined() && !v_q.defined()) return result;
     auto [d_grad, d_p, d_q] = along(ctx, v_p, v_q, s[0], s[1], s[2], s[3], mask);
     result[0] = undefined_unless(mask[0], d_grad);
@@ -314,9 +345,11 @@ struct KlDivGradient : torch::autograd::Function<KlDivGradient> {
     const bool mask_p = ctx->saved_data["mask_p"].toBool(), mask_q = ctx->saved_data["mask_q"].toBool();
     Tensor tangent_p, tangent_q;
     if (tangents[1].defined() || tangents[2].defined())
-      std::tie(std::ignore, tangent_p, tangent_q) = along(ctx, tangents[1], tangents[2], in[0], in[1], in[2], in[3], {false, mask_p, mask_q});
+      std::tie(std::ignore, tangent_p, tangent_q) =
+          along(ctx, tangents[1], tangents[2], in[0], in[1], in[2], in[3], {false, mask_p, mask_q});
     if (tangents[0].defined()) {
-      const auto [gp, gq] = kl_div_backward(tangents[0], in[1], in[2], in[3], ctx->saved_data["p_space"].toInt(), ctx->saved_data["q_space"].toInt(),
+      const auto [gp, gq] = kl_div_backward(tangents[0], in[1], in[2], in[3], ctx->saved_data["p_space"].toInt(),
+                                            ctx->saved_data["q_space"].toInt(),
                                             ctx->saved_data["temperature"].toDouble(), {mask_p, mask_q});
       tangent_p = tangent_p.defined() ? tangent_p + gp : gp;
       tangent_q = tangent_q.defined() ? tangent_q + gq : gq;
@@ -329,8 +362,9 @@ struct KlDivValueAndGradient : torch::autograd::Function<KlDivValueAndGradient> 
   static constexpr const char* name = "KlDivValueAndGradBackward";
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& p, const Variable& q, const OptionalTensor& row_weight, int64_t p_space,
-                               int64_t q_space, double temperature, double scale, bool wrt_q) {
+  static variable_list forward(AutogradContext* ctx, const Variable& p, const Variable& q,
+                               const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature,
+                               double scale, bool wrt_q) {
     auto [loss, stat, gradient] = kl_div_value_and_grad(p, q, row_weight, p_space, q_space, temperature, scale, wrt_q);
     ctx->save_for_backward({p, q, stat, gradient, row_weight.value_or(Tensor())});
     ctx->saved_data["p_space"] = p_space;
@@ -350,10 +384,13 @@ struct KlDivValueAndGradient : torch::autograd::Function<KlDivValueAndGradient> 
     auto s = ctx->get_saved_variables();
     const bool wrt_q = ctx->saved_data["wrt_q"].toBool();
     const std::array<bool, 2> mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    if (at::GradMode::is_enabled() || mask[wrt_q ? 0 : 1] || at::isTensorSubclassLike(g) || at::areAnyTensorSubclassLike(s)) {
-      const auto rows = (g * ctx->saved_data["scale"].toDouble()).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
-      auto [gp, gq] = kl_div_backward(KlDiv::weighted(rows, s[4]), s[0], s[1], s[2], ctx->saved_data["p_space"].toInt(), ctx->saved_data["q_space"].toInt(),
-                                      ctx->saved_data["temperature"].toDouble(), mask);
+    if (at::GradMode::is_enabled() || mask[wrt_q ? 0 : 1] || at::isTensorSubclassLike(g) ||
+        at::areAnyTensorSubclassLike(s)) {
+      const auto rows =
+          (g * ctx->saved_data["scale"].toDouble()).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
+      auto [gp, gq] =
+          kl_div_backward(KlDiv::weighted(rows, s[4]), s[0], s[1], s[2], ctx->saved_data["p_space"].toInt(),
+                          ctx->saved_data["q_space"].toInt(), ctx->saved_data["temperature"].toDouble(), mask);
       result[0] = undefined_unless(mask[0], gp);
       result[1] = undefined_unless(mask[1], gq);
       return result;
@@ -368,27 +405,30 @@ struct KlDivValueAndGradient : torch::autograd::Function<KlDivValueAndGradient> 
   }
 };
 
-Tensors2 kl_div_rows_autograd(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space, double temperature) {
+Tensors2 kl_div_rows_autograd(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space,
+                              int64_t q_space, double temperature) {
   auto v = apply<KlDiv>(p, q, row_weight, p_space, q_space, temperature);
   return {v[0], v[1]};
 }
 
-Tensors2 kl_div_backward_autograd(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space, int64_t q_space,
-                                  double temperature, std::array<bool, 2> mask) {
+Tensors2 kl_div_backward_autograd(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat,
+                                  int64_t p_space, int64_t q_space, double temperature, std::array<bool, 2> mask) {
   auto v = apply<KlDivGradient>(grad, p, q, stat, p_space, q_space, temperature, mask);
   return {v[0], v[1]};
 }
 
-Tensors3 kl_div_double_backward_autograd(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad, const Tensor& p, const Tensor& q,
-                                         const Tensor& stat, int64_t p_space, int64_t q_space, double temperature, std::array<bool, 3> mask) {
+Tensors3 kl_div_double_backward_autograd(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
+                                         const Tensor& p, const Tensor& q, const Tensor& stat, int64_t p_space,
+                                         int64_t q_space, double temperature, std::array<bool, 3> mask) {
   if (is_differentiated(v_p.value_or(Tensor()), v_q.value_or(Tensor()), grad, p, q))
     return double_backward_composite(v_p, v_q, grad, p, q, p_space, q_space, temperature, mask);
   const at::AutoDispatchBelowADInplaceOrView below;
   return kl_div_double_backward(v_p, v_q, grad, p, q, stat, p_space, q_space, temperature, mask);
 }
 
-Tensors3 kl_div_value_and_grad_autograd(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, int64_t p_space, int64_t q_space,
-                                        double temperature, double scale, bool wrt_q) {
+Tensors3 kl_div_value_and_grad_autograd(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight,
+                                        int64_t p_space, int64_t q_space, double temperature, double scale,
+                                        bool wrt_q) {
   auto v = apply<KlDivValueAndGradient>(p, q, row_weight, p_space, q_space, temperature, scale, wrt_q);
   return {v[0], v[1], v[2]};
 }
@@ -404,8 +444,9 @@ struct Problem {
 };
 
 Problem checked_problem(const Tensor& input, const Tensor& target, std::string_view direction, std::string_view space,
-                        std::optional<std::string_view> target_space, double temperature, int64_t dim, const OptionalTensor& row_weight,
-                        std::string_view reduction, const OptionalTensor& normalizer) {
+                        std::optional<std::string_view> target_space, double temperature, int64_t dim,
+                        const OptionalTensor& row_weight, std::string_view reduction,
+                        const OptionalTensor& normalizer) {
   constexpr const char* kName = "kl_div";
   check_distributions(kName, input, target);
   const int64_t class_dim = check_dim(kName, input, dim);
@@ -422,23 +463,30 @@ Problem checked_problem(const Tensor& input, const Tensor& target, std::string_v
 
 bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
 
-Tensor kl_div(const Tensor& input, const Tensor& target, std::string_view direction, std::string_view space, std::optional<std::string_view> target_space,
-              double temperature, int64_t dim, const OptionalTensor& row_weight, std::string_view reduction, const OptionalTensor& normalizer) {
-  const auto k = checked_problem(input, target, direction, space, target_space, temperature, dim, row_weight, reduction, normalizer);
+Tensor kl_div(const Tensor& input, const Tensor& target, std::string_view direction, std::string_view space,
+              std::optional<std::string_view> target_space, double temperature, int64_t dim,
+              const OptionalTensor& row_weight, std::string_view reduction, const OptionalTensor& normalizer) {
+  const auto k = checked_problem(input, target, direction, space, target_space, temperature, dim, row_weight, reduction,
+                                 normalizer);
   const bool wrt_p = k.p.requires_grad(), wrt_q = k.q.requires_grad();
   // Training at memory speed. Half types take the plain pair: (q - p)/n stored in half loses what GradScaler keeps.
-  if (k.reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && !is_half(wrt_q ? k.q : k.p) && is_plain_eager(k.p) && is_plain_eager(k.q) &&
-      (!row_weight.has_value() || is_plain_eager(*row_weight)) && (!normalizer.has_value() || is_plain_eager(*normalizer)))
-    return std::get<0>(kl_div_value_and_grad(k.p, k.q, k.reduction.weight(), k.p_space, k.q_space, temperature, k.reduction.scale(), wrt_q));
+  if (k.reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && !is_half(wrt_q ? k.q : k.p) &&
+      is_plain_eager(k.p) && is_plain_eager(k.q) && (!row_weight.has_value() || is_plain_eager(*row_weight)) &&
+      (!normalizer.has_value() || is_plain_eager(*normalizer)))
+    return std::get<0>(kl_div_value_and_grad(k.p, k.q, k.reduction.weight(), k.p_space, k.q_space, temperature,
+                                             k.reduction.scale(), wrt_q));
   return k.reduction(std::get<0>(kl_div_rows(k.p, k.q, k.reduction.weight(), k.p_space, k.q_space, temperature)));
 }
 
 Tensor kl_div_inplace_grad(Tensor& input, const Tensor& target, std::string_view direction, std::string_view space,
-                           std::optional<std::string_view> target_space, double temperature, int64_t dim, const OptionalTensor& row_weight,
-                           std::string_view reduction, const OptionalTensor& normalizer) {
+                           std::optional<std::string_view> target_space, double temperature, int64_t dim,
+                           const OptionalTensor& row_weight, std::string_view reduction,
+                           const OptionalTensor& normalizer) {
   constexpr const char* kName = "kl_div";
-  const auto k = checked_problem(input, target, direction, space, target_space, temperature, dim, row_weight, reduction, normalizer);
-  TORCH_CHECK_VALUE(k.reduction.reduces(), kName, ": inplace_grad=True with reduction=\"none\", expected a reduced loss");
+  const auto k = checked_problem(input, target, direction, space, target_space, temperature, dim, row_weight, reduction,
+                                 normalizer);
+  TORCH_CHECK_VALUE(k.reduction.reduces(), kName,
+                    ": inplace_grad=True with reduction=\"none\", expected a reduced loss");
   check_inplace_gradient(kName, input, target);
 
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -459,21 +507,25 @@ Tensor kl_div_inplace_grad(Tensor& input, const Tensor& target, std::string_view
   if (target.requires_grad()) {
     // Not rounded to half before it meets the incoming gradient.
     const auto wide = [](const Tensor& t) { return is_half(t) ? t.to(at::kFloat) : t; };
-    auto [gp, gq] = kl_div_backward(row_factor(stat, at::ones_like(loss)), k.input_is_q ? wide(p) : p, k.input_is_q ? q : wide(q), stat, k.p_space,
-                                    k.q_space, temperature, {k.input_is_q, !k.input_is_q});
+    auto [gp, gq] =
+        kl_div_backward(row_factor(stat, at::ones_like(loss)), k.input_is_q ? wide(p) : p, k.input_is_q ? q : wide(q),
+                        stat, k.p_space, k.q_space, temperature, {k.input_is_q, !k.input_is_q});
     target_gradient = (k.input_is_q ? gp : gq).movedim(-1, dim);
   }
   if (is_half(own)) {
     // The gradient needs the incoming one before it is rounded to half: it is written by backward.
     finish = [=, p_space = k.p_space, q_space = k.q_space, input_is_q = k.input_is_q](Tensor&, const Tensor& g) {
       const auto coefficient = contiguous_double(row_factor(stat, g));
-      const KlDivBackward call{rows_of(p, q, p_space, q_space, temperature), coefficient.const_data_ptr<double>(), stat.const_data_ptr<double>(),
-                               input_is_q ? RowsOut{} : rows_out(own), input_is_q ? rows_out(own) : RowsOut{}};
+      const KlDivBackward call{rows_of(p, q, p_space, q_space, temperature), coefficient.const_data_ptr<double>(),
+                               stat.const_data_ptr<double>(), input_is_q ? RowsOut{} : rows_out(own),
+                               input_is_q ? rows_out(own) : RowsOut{}};
       const auto kernel = TD_CPU_KERNEL(kl_div_backward);
-      parallel_rows(coefficient.numel(), p.size(-1), [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
+      parallel_rows(coefficient.numel(), p.size(-1),
+                    [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
     };
   } else {
-    std::tie(loss, stat) = value_and_grad_into(own, p, q, weight, k.p_space, k.q_space, temperature, scale, k.input_is_q);
+    std::tie(loss, stat) =
+        value_and_grad_into(own, p, q, weight, k.p_space, k.q_space, temperature, scale, k.input_is_q);
     finish = scale_gradient_;
   }
   return attach_inplace_gradient(kName, std::move(loss), input, target, std::move(target_gradient), std::move(finish));
@@ -485,23 +537,32 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "kl_div(Tensor input, Tensor target, *, str direction=\"forward\", str space=\"logits\", str? target_space=None, "
-      "float temperature=1.0, int dim=-1, Tensor? row_weight=None, str reduction=\"mean\", Tensor? normalizer=None) -> Tensor",
+      "float temperature=1.0, int dim=-1, Tensor? row_weight=None, str reduction=\"mean\", Tensor? normalizer=None) -> "
+      "Tensor",
       tags);
   m.def(
-      "kl_div_inplace_grad(Tensor(a!) input, Tensor target, *, str direction=\"forward\", str space=\"logits\", str? target_space=None, "
-      "float temperature=1.0, int dim=-1, Tensor? row_weight=None, str reduction=\"mean\", Tensor? normalizer=None) -> Tensor",
+      "kl_div_inplace_grad(Tensor(a!) input, Tensor target, *, str direction=\"forward\", str space=\"logits\", str? "
+      "target_space=None, "
+      "float temperature=1.0, int dim=-1, Tensor? row_weight=None, str reduction=\"mean\", Tensor? normalizer=None) -> "
+      "Tensor",
       tags);
-  m.def("_kl_div(Tensor p, Tensor q, Tensor? row_weight, int p_space, int q_space, float temperature) -> (Tensor, Tensor)", tags);
   m.def(
-      "_kl_div_backward(Tensor grad, Tensor p, Tensor q, Tensor stat, int p_space, int q_space, float temperature, bool[2] mask) "
+      "_kl_div(Tensor p, Tensor q, Tensor? row_weight, int p_space, int q_space, float temperature) -> (Tensor, "
+      "Tensor)",
+      tags);
+  m.def(
+      "_kl_div_backward(Tensor grad, Tensor p, Tensor q, Tensor stat, int p_space, int q_space, float temperature, "
+      "bool[2] mask) "
       "-> (Tensor, Tensor)",
       tags);
   m.def(
-      "_kl_div_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p, Tensor q, Tensor stat, int p_space, int q_space, "
+      "_kl_div_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p, Tensor q, Tensor stat, int p_space, "
+      "int q_space, "
       "float temperature, bool[3] mask) -> (Tensor, Tensor, Tensor)",
       tags);
   m.def(
-      "_kl_div_value_and_grad(Tensor p, Tensor q, Tensor? row_weight, int p_space, int q_space, float temperature, float scale, "
+      "_kl_div_value_and_grad(Tensor p, Tensor q, Tensor? row_weight, int p_space, int q_space, float temperature, "
+      "float scale, "
       "bool wrt_q) -> (Tensor, Tensor, Tensor)",
       tags);
 }
@@ -510,7 +571,8 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
   m.impl("kl_div", kl_div);
   m.impl("kl_div_inplace_grad", kl_div_inplace_grad);
 }
-// A composite operator under vmap meets the slow per-sample fallback before its decomposition: say it again at this key.
+// A composite operator under vmap meets the slow per-sample fallback before its decomposition: say it again at this
+// key.
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("kl_div", kl_div);
   m.impl("kl_div_inplace_grad", kl_div_inplace_grad);

@@ -1,4 +1,5 @@
-// Kullback-Leibler divergence: the formulas, once, and the signatures of its kernels. Included by g++ and nvcc; no ATen.
+// Kullback-Leibler divergence: the formulas, once, and the signatures of its kernels. Included by g++ and nvcc; no
+// ATen.
 //
 // KL(P || Q) = sum_j p_j (log p_j - log q_j). P is the distribution in front: the target in the forward direction, the
 // input in the reverse one. Rows of n classes; t and s are the entries of P and Q as given, T the temperature.
@@ -14,9 +15,9 @@
 //
 //   dKL/dt = p u / T,     dKL/ds = (q - p)/T = p expm1(-(u + KL))/T     (log p - log q = u + KL)
 //
-// The entries of either gradient sum to zero. Where P has more than half of its mass on one class, that class's entry is
-// taken from the sum of the others: there q - p and u are differences of numbers near each other, while the whole gradient
-// may be as small as 1 - p.
+// The entries of either gradient sum to zero. Where P has more than half of its mass on one class, that class's entry
+// is taken from the sum of the others: there q - p and u are differences of numbers near each other, while the whole
+// gradient may be as small as 1 - p.
 //
 // Other spaces (log_probs, probs) are free variables: no projection and no mass terms. With l = log p - log q:
 //
@@ -71,7 +72,7 @@ TD_HOST_DEVICE V phi_over_square(V u, const Fma& fma) {
 struct KlDivStat {
   double lse_p;  // T logsumexp(t/T); 0 where P is not in logits
   double lse_q;
-  double mean;  // logits on both sides: E_p[t - s] (not divided by T); else sum(p)
+  double mean;     // logits on both sides: E_p[t - s] (not divided by T); else sum(p)
   double mean_lo;  // what mean rounds off: u may be far smaller than an offset between t and s
   double kl;
 
@@ -92,9 +93,9 @@ struct KlDivStat {
 struct KlDivScan {
   double max_p = -std::numeric_limits<double>::infinity();
   double max_q = -std::numeric_limits<double>::infinity();
-  double sum_p = 0;  // sum e^a
-  double sum_q = 0;  // sum e^b
-  double dot = 0;    // sum e^a (a - b), over finite terms
+  double sum_p = 0;       // sum e^a
+  double sum_q = 0;       // sum e^b
+  double dot = 0;         // sum e^a (a - b), over finite terms
   bool infinite = false;  // a class with s = -inf < t was seen: however small its p, KL is +inf
 
   // Moves the maxima up to at least (p, q).
@@ -147,6 +148,40 @@ struct KlDivCentred {
   }
 };
 
+// The near form in one visit, around a centre guessed before: against the running maximum of t alone. In finish() it
+// turns out whether the guess was good enough; if not, nothing is lost but time.
+struct KlDivGuess {
+  double max_p = -std::numeric_limits<double>::infinity();
+  double sum = 0;    // sum e^((t - max_p)/T)
+  double shift = 0;  // and of that times u
+  double phi = 0;    // and times phi(u)
+
+  TD_HOST_DEVICE void raise(double p, double inv_t) {
+    if (!(p > max_p)) return;
+    if (sum != 0 || phi != 0) {  // phi alone: classes of p = 0 so far
+      const double f = std::exp((max_p - p) * inv_t);
+      sum *= f, shift *= f, phi *= f;
+    }
+    max_p = p;
+  }
+  TD_HOST_DEVICE void merge(KlDivGuess other, double inv_t) {
+    raise(other.max_p, inv_t);
+    other.raise(max_p, inv_t);
+    sum += other.sum, shift += other.shift, phi += other.phi;
+  }
+  // False where the row is not near after all, or the centre is further off than u is wide (KL is half of its
+  // variance).
+  TD_HOST_DEVICE bool finish(double centre, double t, KlDivStat& stat, KlDivCentred& centred) const {
+    if (!(sum > 0) || !std::isfinite(sum + shift + phi)) return false;
+    centred = {shift / sum, phi / sum};
+    stat.lse_p = max_p + t * std::log(sum);
+    stat.set_mean(centre, 0);
+    centred.finish(stat, t);
+    stat.lse_q = stat.lse_p - stat.mean + t * stat.kl;
+    return stat.kl < kKlNear && centred.shift * centred.shift <= 4 * stat.kl;
+  }
+};
+
 // One call of a kernel on rows [begin, end). Outputs are contiguous per row index unless they have a layout.
 struct KlDivRows {
   RowsIn p, q;
@@ -157,8 +192,8 @@ struct KlDivRows {
   TD_HOST_DEVICE bool from_logits() const { return p_space == kLogits && q_space == kLogits; }
 };
 
-// loss[i] = weight[i] KL_i (float, or double if loss_is_double) and stat[kSize i ...]. weight may be null; a row of weight 0
-// is not read: loss 0, stat 0.
+// loss[i] = weight[i] KL_i (float, or double if loss_is_double) and stat[kSize i ...]. weight may be null; a row of
+// weight 0 is not read: loss 0, stat 0.
 struct KlDivForward {
   KlDivRows rows;
   const double* weight;

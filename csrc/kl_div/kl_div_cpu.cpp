@@ -17,8 +17,8 @@ namespace {
 
 // A chunk of both rows stays in the first-level cache between the search for its maximum and its exponentials.
 constexpr int64_t kChunk = 2048;
-// How much is summed in A before it goes to a sum in double: logits in bfloat16 take few values, and adding the same one
-// again and again rounds the same way each time.
+// How much is summed in A before it goes to a sum in double: logits in bfloat16 take few values, and adding the same
+// one again and again rounds the same way each time.
 constexpr int64_t kBlock = 512;
 // Where a row is split over threads: fixed, so that the result does not depend on how many there are.
 constexpr int64_t kSegment = 8 * kChunk;
@@ -47,7 +47,8 @@ TD_INLINE int64_t segment_count(int64_t classes, ForEach columns) {
 template <class A>
 struct Split {
   Vec<A> hi, lo;
-  TD_INLINE explicit Split(double x, double rest = 0) : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
+  TD_INLINE explicit Split(double x, double rest = 0)
+      : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
 };
 // e^((x - c)/T). What c has beyond A's precision becomes a factor: subtracted, it would be rounded away where x is far
 // from c, and away in one direction for a whole row.
@@ -59,7 +60,9 @@ struct ExpFrom {
 
  private:
   TD_INLINE ExpFrom(A near, double c, double inv_t_)
-      : base(near), factor(static_cast<A>(std::exp((static_cast<double>(near) - c) * inv_t_))), inv_t(static_cast<A>(inv_t_)) {}
+      : base(near),
+        factor(static_cast<A>(std::exp((static_cast<double>(near) - c) * inv_t_))),
+        inv_t(static_cast<A>(inv_t_)) {}
 };
 // t - s - c, rounded once relative to itself: Knuth's error-free difference keeps what t - s rounds off.
 template <class A>
@@ -71,7 +74,9 @@ TD_INLINE Vec<A> difference_minus(Vec<A> t, Vec<A> s, const Split<A>& c) {
 
 template <class A>
 TD_INLINE Vec<A> phi_small(Vec<A> u) {
-  return u * u * phi_over_square<A>(u, [](Vec<A> a, Vec<A> b, Vec<A> c) __attribute__((always_inline)) { return fmadd(a, b, c); });
+  return u * u *
+         phi_over_square<A>(
+             u, [](Vec<A> a, Vec<A> b, Vec<A> c) __attribute__((always_inline)) { return fmadd(a, b, c); });
 }
 template <class A>
 TD_INLINE Vec<A> is_small(Vec<A> u) {
@@ -97,7 +102,9 @@ TD_INLINE double max_of_row(const T* x, int64_t n) {
     m0 = max_of(load<A>(x + i), m0), m1 = max_of(load<A>(x + i + kStep), m1);
     m2 = max_of(load<A>(x + i + 2 * kStep), m2), m3 = max_of(load<A>(x + i + 3 * kStep), m3);
   }
-  for_lanes<A>(n - i, [&](int64_t j, auto count) __attribute__((always_inline)) { m0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), m0); });
+  for_lanes<A>(
+      n - i, [&](int64_t j, auto count)
+                 __attribute__((always_inline)) { m0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), m0); });
   return static_cast<double>(max_lane(max_of(max_of(m0, m1), max_of(m2, m3))));
 }
 
@@ -114,7 +121,8 @@ struct Kept {
 TD_INLINE double finite_or_zero(double max) { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
 
 // Sums of one chunk against the scan's maxima. kMasked: any value may be there, -inf and NaN included. Not kMasked: the
-// caller hopes for numbers within 1e5 T of the maximum, and finds a sum that is not finite where there is something else.
+// caller hopes for numbers within 1e5 T of the maximum, and finds a sum that is not finite where there is something
+// else.
 template <class A, bool kMasked, bool kUnitT, class TP, class TQ>
 TD_INLINE bool scan_chunk(const TP* p, const TQ* q, int64_t n, double inv_t_, KlDivScan& scan, A* exp_p, A* exp_q) {
   const Vec<A> inv_t(static_cast<A>(inv_t_)), zero(A(0)), lowest(-kInf<A>);
@@ -125,7 +133,7 @@ TD_INLINE bool scan_chunk(const TP* p, const TQ* q, int64_t n, double inv_t_, Kl
     const Vec<A> t = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
     Vec<A> a = t - max_p, b = s - max_q;
     if constexpr (!kUnitT) a = a * inv_t, b = b * inv_t;
-    const Vec<A> x = exp_of<!kMasked && !kTail>(a), y = exp_of<!kMasked && !kTail>(b);
+    const Vec<A> x = exp_of < !kMasked && !kTail > (a), y = exp_of < !kMasked && !kTail > (b);
     sum_p = sum_p + x, sum_q = sum_q + y;
     if constexpr (kMasked || kTail) {
       infinite = infinite | ((s == lowest) & (t > lowest));
@@ -165,44 +173,116 @@ TD_INLINE double kept_factor(double max, double lse, double inv_t) {
   return max == -std::numeric_limits<double>::infinity() && !std::isnan(lse) ? 0 : std::exp((max - lse) * inv_t);
 }
 
-// Sums of the near form over a part of a row. kWant: 0 sums only, 1 also growth = p expm1(-u) for the gradient of Q,
-// 2 also growth = p u for that of P. Turns the kept exponentials of P into probabilities on the way.
+// p u, p phi(u) and p expm1(-u) of some classes, for a p in any unit; grown(s) = p e^-u in that unit, from s alone.
+template <class A>
+struct NearTerms {
+  Vec<A> p_u, p_phi, p_expm1;
+
+  template <class Grown>
+  TD_INLINE NearTerms(Vec<A> x, Vec<A> u, Vec<A> s, const Grown& grown) {
+    const Vec<A> small = is_small(u), phi_u = phi_small(u);
+    p_u = x * u, p_phi = x * phi_u, p_expm1 = x * (phi_u - u);
+    if (all(small)) return;
+    // p e^-u as p times e^-u, which shares p's rounding, unless they are far apart. There from s: right where p is 0 as
+    // well (a class of p = 0 adds its share of q, one of p = q = 0 nothing).
+    const Vec<A> zero(A(0)), middle = u.abs() < Vec<A>(A(8)), growth_u = exp_of(zero - u) - Vec<A>(A(1));
+    p_u = select(x > zero, p_u, zero);
+    Vec<A> gap = x * growth_u;
+    if (!all(middle)) gap = select(middle, gap, grown(s) - x);
+    p_phi = select(small, p_phi, select(middle, x * (growth_u + u), gap + p_u));
+    p_expm1 = select(small, p_expm1, gap);
+  }
+};
+
+// kWant, here and below: 0 sums only, 1 also growth = p expm1(-u) for the gradient of Q, 2 also growth = p u for that
+// of P, both in the unit that kept.max_p tells.
+template <class A, int kWant, class Count>
+TD_INLINE void store_growth(A* growth, const NearTerms<A>& terms, Count count) {
+  if constexpr (kWant == 1) store_lanes<A>(growth, terms.p_expm1, count);
+  if constexpr (kWant == 2) store_lanes<A>(growth, terms.p_u, count);
+}
+
+// Sums of the near form over a part of a row, from exponentials of P that a scan kept; turns those into probabilities.
 template <class A, int kWant, class TP, class TQ>
-KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t_, const KlDivStat& stat, const Kept<A>& kept,
-                             A* growth) {
-  const Vec<A> inv_t(static_cast<A>(inv_t_)), zero(A(0));
+KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t_,
+                             const KlDivStat& stat, const Kept<A>& kept, A* growth) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_));
   const Split<A> centre(stat.mean, stat.mean_lo);
-  const ExpFrom<A> grown_prob(stat.lse_p - stat.mean, inv_t_);
+  const ExpFrom<A> grown(stat.lse_p - stat.mean, inv_t_);
   KlDivCentred sums;
   for (int64_t c = first; c < last; c += kBlock) {
     const int64_t n = std::min(kBlock, last - c);
     const Vec<A> factor(static_cast<A>(kept_factor(kept.max_p[c / kChunk], stat.lse_p, inv_t_)));
     Vec<A> shift(A(0)), phi(A(0));
-    for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-      const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
-      const Vec<A> x = load_lanes<A>(kept.exp_p + c + i, count, A(0)) * factor;
-      if constexpr (kWant != 0) store_lanes<A>(kept.exp_p + c + i, x, count);
-      const Vec<A> u = difference_minus(t, s, centre) * inv_t;
-      const Vec<A> small = is_small(u);
-      const Vec<A> phi_u = phi_small(u);
-      Vec<A> p_phi = x * phi_u, p_u = x * u, p_expm1 = x * (phi_u - u);
-      if (!all(small)) {
-        // p e^-u as p times e^-u, which shares p's rounding, unless they are far apart. There from s: right where p is 0 as
-        // well (a class of p = 0 adds its share of q, one of p = q = 0 nothing).
-        const Vec<A> middle = u.abs() < Vec<A>(A(8)), growth_u = exp_of(zero - u) - Vec<A>(A(1));
-        p_u = select(x > zero, p_u, zero);
-        Vec<A> gap = x * growth_u;
-        if (!all(middle)) gap = select(middle, gap, grown_prob(s) - x);
-        p_phi = select(small, p_phi, select(middle, x * (growth_u + u), gap + p_u));
-        p_expm1 = select(small, p_expm1, gap);
-      }
-      shift = shift + p_u, phi = phi + p_phi;
-      if constexpr (kWant == 1) store_lanes<A>(growth + c + i, p_expm1, count);
-      if constexpr (kWant == 2) store_lanes<A>(growth + c + i, p_u, count);
-    });
+    for_lanes<A>(
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
+          const Vec<A> x = load_lanes<A>(kept.exp_p + c + i, count, A(0)) * factor;
+          if constexpr (kWant != 0) store_lanes<A>(kept.exp_p + c + i, x, count);
+          const NearTerms<A> terms(x, difference_minus(t, s, centre) * inv_t, s, grown);
+          shift = shift + terms.p_u, phi = phi + terms.p_phi;
+          store_growth<A, kWant>(growth + c + i, terms, count);
+        });
     sums.shift += sum_of(shift), sums.phi += sum_of(phi);
+    if (c + n == last || (c + n) % kChunk == 0) kept.max_p[c / kChunk] = stat.lse_p;  // the unit is 1 from here on
   }
   return sums;
+}
+
+// Is the row likely a near one, to judge by its first classes, and around which centre?
+template <class A, class TP, class TQ>
+TD_INLINE bool guess_centre(const TP* p, const TQ* q, int64_t classes, double inv_t, double& centre) {
+  const int64_t n = std::min<int64_t>(classes, 256) / kLanes<A> * kLanes<A>;
+  Vec<A> sum(A(0)), lo(kInf<A>), hi(-kInf<A>);
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vec<A> d = load<A>(p + i) - load<A>(q + i);
+    sum = sum + d, lo = min_of(d, lo), hi = max_of(d, hi);
+  }
+  centre = static_cast<double>(static_cast<A>(sum_of(sum) / static_cast<double>(n)));
+  return n > 0 && std::isfinite(centre) &&
+         (static_cast<double>(max_lane(hi)) - static_cast<double>(min_lane(lo))) * inv_t < 1.5;
+}
+
+template <class A, int kWant, class TP, class TQ>
+KlDivGuess guess_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t_, double centre_,
+                         const Kept<A>& kept, A* growth) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_)), lowest(-kInf<A>);
+  const Split<A> centre(centre_);
+  KlDivGuess sums;
+  for (int64_t c = first; c < last; c += kBlock) {
+    const int64_t n = std::min(kBlock, last - c);
+    if (c % kChunk == 0) sums.raise(max_of_row<A>(p + c, std::min(kChunk, last - c)), inv_t_);
+    kept.max_p[c / kChunk] = sums.max_p;
+    const Vec<A> max_p(static_cast<A>(finite_or_zero(sums.max_p)));
+    const ExpFrom<A> grown(finite_or_zero(sums.max_p) - centre_, inv_t_);
+    Vec<A> sum(A(0)), shift(A(0)), phi(A(0)), infinite(A(0));
+    for_lanes<A>(
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
+          const Vec<A> x = exp_of((t - max_p) * inv_t);
+          const NearTerms<A> terms(x, difference_minus(t, s, centre) * inv_t, s, grown);
+          infinite = infinite | ((s == lowest) & (t > lowest));
+          sum = sum + x, shift = shift + terms.p_u, phi = phi + terms.p_phi;
+          store_lanes<A>(kept.exp_p + c + i, x, count);
+          store_growth<A, kWant>(growth + c + i, terms, count);
+        });
+    sums.sum += sum_of(sum), sums.shift += sum_of(shift), sums.phi += sum_of(phi);
+    if (any(infinite)) sums.phi = std::numeric_limits<double>::infinity();  // however small p is there: not near
+  }
+  return sums;
+}
+
+// part(first, last) of each segment, merged in their order.
+template <class Sums, class Part, class Merge>
+TD_INLINE Sums merged_segments(int64_t classes, ForEach columns, const Part& part, const Merge& merge) {
+  const int64_t segments = segment_count(classes, columns);
+  if (segments == 1) return part(int64_t{0}, classes);
+  const auto parts = std::make_unique<Sums[]>(static_cast<size_t>(segments));
+  for_segments(classes, columns,
+               [&](int64_t first, int64_t last, int64_t k) { parts[static_cast<size_t>(k)] = part(first, last); });
+  Sums total = parts[0];
+  for (int64_t k = 1; k < segments; ++k) merge(total, parts[static_cast<size_t>(k)]);
+  return total;
 }
 
 // 1/T as the arithmetic has it. Everything that scales by T uses this one: two roundings of 1/T that differ would leave
@@ -214,36 +294,39 @@ TD_INLINE double inverse_temperature(double t) {
 
 // The statistics of one row, and with kWant what its gradient needs, in kept (and growth where the near form ran).
 template <class A, int kWant, class TP, class TQ>
-KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept, A* growth, KlDivCentred& centred) {
+KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept,
+                     A* growth, KlDivCentred& centred) {
   const double inv_t = inverse_temperature<A>(t);
   t = 1 / inv_t;
-  const int64_t segments = segment_count(classes, columns);
-  KlDivScan scan;
-  if (segments == 1) {
-    scan = scan_columns<A>(p, q, 0, classes, inv_t, kept);
-  } else {
-    const auto parts = std::make_unique<KlDivScan[]>(static_cast<size_t>(segments));
-    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan_columns<A>(p, q, first, last, inv_t, kept); });
-    for (int64_t k = 0; k < segments; ++k) scan.merge(parts[k], inv_t);
+  KlDivStat stat{};
+  double centre = 0;
+  if (guess_centre<A>(p, q, classes, inv_t, centre)) {
+    const auto guess = merged_segments<KlDivGuess>(
+        classes, columns,
+        [&](int64_t first, int64_t last) {
+          return guess_columns<A, kWant>(p, q, first, last, inv_t, centre, kept, growth);
+        },
+        [&](KlDivGuess& total, const KlDivGuess& part) { total.merge(part, inv_t); });
+    if (guess.finish(centre, t, stat, centred)) return stat;
   }
-  KlDivStat stat = scan.finish(t);
+  const auto scan = merged_segments<KlDivScan>(
+      classes, columns, [&](int64_t first, int64_t last) { return scan_columns<A>(p, q, first, last, inv_t, kept); },
+      [&](KlDivScan& total, const KlDivScan& part) { total.merge(part, inv_t); });
+  stat = scan.finish(t);
   if (!(stat.kl < kKlNear)) return stat;
-  centred = {};
-  if (segments == 1) {
-    centred = centred_columns<A, kWant>(p, q, 0, classes, inv_t, stat, kept, growth);
-  } else {
-    const auto parts = std::make_unique<KlDivCentred[]>(static_cast<size_t>(segments));
-    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) {
-      parts[k] = centred_columns<A, kWant>(p, q, first, last, inv_t, stat, kept, growth);
-    });
-    for (int64_t k = 0; k < segments; ++k) centred.shift += parts[k].shift, centred.phi += parts[k].phi;
-  }
+  centred = merged_segments<KlDivCentred>(
+      classes, columns,
+      [&](int64_t first, int64_t last) {
+        return centred_columns<A, kWant>(p, q, first, last, inv_t, stat, kept, growth);
+      },
+      [](KlDivCentred& total, const KlDivCentred& part) { total.shift += part.shift, total.phi += part.phi; });
   centred.finish(stat, t);
   return stat;
 }
 
-// P's gradient is p u, and the classes that share P's mass may have a u far smaller than the t - s that the scan averaged
-// in A. The far form takes the mean's error, E_p[u], from a second look at the row; the near form has done so already.
+// P's gradient is p u, and the classes that share P's mass may have a u far smaller than the t - s that the scan
+// averaged in A. The far form takes the mean's error, E_p[u], from a second look at the row; the near form has done so
+// already.
 template <class A, class TP, class TQ>
 void recentre(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, KlDivStat& stat) {
   if (!(stat.kl >= kKlNear) || std::isinf(stat.kl)) return;
@@ -256,11 +339,12 @@ void recentre(const TP* p, const TQ* q, int64_t classes, double t, ForEach colum
     double part = 0;
     for (int64_t b = first; b < last; b += kBlock) {
       Vec<A> sum(A(0));
-      for_lanes<A>(std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-        const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>), s = load_lanes<A>(q + b + i, count, -kInf<A>);
-        const Vec<A> x = prob(t_i), zero(A(0));
-        sum = sum + select(x > zero, x * difference_minus(t_i, s, centre), zero);
-      });
+      for_lanes<A>(
+          std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+            const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>), s = load_lanes<A>(q + b + i, count, -kInf<A>);
+            const Vec<A> x = prob(t_i), zero(A(0));
+            sum = sum + select(x > zero, x * difference_minus(t_i, s, centre), zero);
+          });
       part += sum_of(sum);
     }
     parts[static_cast<size_t>(segment)] = part;
@@ -283,9 +367,11 @@ struct Peak {
 
 // Gradients of a part of a row from its statistics alone: P's, Q's or both.
 template <class A, bool kP, bool kQ, class TP, class TQ>
-Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first, int64_t last, double t, const KlDivStat& stat, double coefficient) {
+Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first, int64_t last, double t,
+                     const KlDivStat& stat, double coefficient) {
   const double inv = inverse_temperature<A>(t);
-  const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv)), kl(static_cast<A>(stat.kl));
+  const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv)),
+      kl(static_cast<A>(stat.kl));
   const Split<A> centre(stat.mean, stat.mean_lo);
   const ExpFrom<A> prob_p(stat.lse_p, inv), prob_q(stat.lse_q, inv);
   const bool near = stat.kl < kKlNear, infinite = std::isinf(stat.kl);
@@ -293,38 +379,39 @@ Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t f
   for (int64_t b = first; b < last; b += kChunk) {
     const int64_t n = std::min(kChunk, last - b);
     Vec<A> others_p(A(0)), others_q(A(0));
-    for_lanes<A>(n, [&](int64_t j, auto count) __attribute__((always_inline)) {
-      const int64_t i = b + j;
-      // The padding of the tail has no mass.
-      const Vec<A> tv = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
-      const Vec<A> x = prob_p(tv), top = x > half;
-      if (any(top)) peak.at = i + first_lane(top);
-      Vec<A> u(A(0)), gp(A(0)), gq(A(0));
-      if (kP || near) u = difference_minus(tv, s, centre) * inv_t;
-      if constexpr (kP) {
-        gp = infinite ? zero : select(x == zero, zero, c * x * u);
-        others_p = others_p + select(top, zero, gp);
-      }
-      if constexpr (kQ) {
-        if (near) {
-          const Vec<A> v = u + kl, small = is_small(v);
-          gq = x * (phi_small(v) - v);
-          if (!all(small)) {
-            const Vec<A> middle = v.abs() < Vec<A>(A(8));
-            Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
-            if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
-            gq = select(small, gq, gap);
+    for_lanes<A>(
+        n, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = b + j;
+          // The padding of the tail has no mass.
+          const Vec<A> tv = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
+          const Vec<A> x = prob_p(tv), top = x > half;
+          if (any(top)) peak.at = i + first_lane(top);
+          Vec<A> u(A(0)), gp(A(0)), gq(A(0));
+          if (kP || near) u = difference_minus(tv, s, centre) * inv_t;
+          if constexpr (kP) {
+            gp = infinite ? zero : select(x == zero, zero, c * x * u);
+            others_p = others_p + select(top, zero, gp);
           }
-        } else {
-          gq = prob_q(s) - x;
-        }
-        gq = c * gq;
-        others_q = others_q + select(top, zero, gq);
-      }
-      // Written last: either may be the storage of its own side.
-      if constexpr (kP) store_lanes<A>(grad_p + i, gp, count);
-      if constexpr (kQ) store_lanes<A>(grad_q + i, gq, count);
-    });
+          if constexpr (kQ) {
+            if (near) {
+              const Vec<A> v = u + kl, small = is_small(v);
+              gq = x * (phi_small(v) - v);
+              if (!all(small)) {
+                const Vec<A> middle = v.abs() < Vec<A>(A(8));
+                Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
+                if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
+                gq = select(small, gq, gap);
+              }
+            } else {
+              gq = prob_q(s) - x;
+            }
+            gq = c * gq;
+            others_q = others_q + select(top, zero, gq);
+          }
+          // Written last: either may be the storage of its own side.
+          if constexpr (kP) store_lanes<A>(grad_p + i, gp, count);
+          if constexpr (kQ) store_lanes<A>(grad_q + i, gq, count);
+        });
     peak.others_p += sum_of(others_p), peak.others_q += sum_of(others_q);
   }
   return peak;
@@ -335,7 +422,7 @@ void fill_zero(T* x, int64_t n) {
   std::memset(static_cast<void*>(x), 0, static_cast<size_t>(n) * sizeof(T));
 }
 
-// A thread's room for one row's exponentials: of P always, of Q if asked for.
+// A thread's room for one row: P's exponentials, and where asked for as much again.
 template <class A>
 struct Scratch {
   std::unique_ptr<A[]> exps;
@@ -360,8 +447,8 @@ void forward_logits(const KlDivForward& k, int64_t begin, int64_t end, ForEach c
     double loss = 0;
     if (weight != 0) {
       KlDivCentred centred;
-      stat = logits_row<A, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, scratch.kept(nullptr),
-                              static_cast<A*>(nullptr), centred);
+      stat = logits_row<A, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes,
+                              k.rows.temperature, columns, scratch.kept(nullptr), static_cast<A*>(nullptr), centred);
       loss = weight * stat.kl;
     }
     stat.store(k.stat + KlDivStat::kSize * i);
@@ -388,7 +475,9 @@ void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
     const int64_t n = k.rows.classes, segments = segment_count(n, columns);
     const auto parts = std::make_unique<Peak[]>(static_cast<size_t>(segments));
     for_segments(n, columns, [&](int64_t first, int64_t last, int64_t s) {
-      const auto gradient = gp && gq ? &logits_gradient<A, true, true, TP, TQ> : gp ? &logits_gradient<A, true, false, TP, TQ> : &logits_gradient<A, false, true, TP, TQ>;
+      const auto gradient = gp && gq ? &logits_gradient<A, true, true, TP, TQ>
+                            : gp     ? &logits_gradient<A, true, false, TP, TQ>
+                                     : &logits_gradient<A, false, true, TP, TQ>;
       parts[s] = gradient(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
     });
     Peak peak;
@@ -400,20 +489,24 @@ void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
 }
 
 // kQ: the gradient of Q, else that of P; its side has type A.
+// Until the form of the row is known, what its gradient needs waits in `aside`: grad itself, unless that is an input's
+// row.
 template <class A, bool kQ, class TP, class TQ>
-void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, double t, double coefficient, ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
+void value_and_grad_row(const TP* p, const TQ* q, A* grad, A* aside, int64_t classes, double t, double coefficient,
+                        ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
   KlDivCentred centred;
   const double inv_t = inverse_temperature<A>(t);
-  stat = logits_row<A, kQ ? 1 : 2>(p, q, classes, t, columns, kept, grad, centred);
+  stat = logits_row < A, kQ ? 1 : 2 > (p, q, classes, t, columns, kept, aside, centred);
   if (!kQ && std::isinf(stat.kl)) {
     fill_zero(grad, classes);
     return;
   }
   if constexpr (!kQ) recentre<A>(p, q, classes, t, columns, stat);
   const bool near = stat.kl < kKlNear;
-  // near: grad holds growth. Q: (p expm1(-u) - p E[expm1(-u)]) / E[e^-u]. P: p u - p E[u].
+  // near: aside holds growth. Q: (p expm1(-u) - p E[expm1(-u)]) / E[e^-u]. P: p u - p E[u].
   const double scale = coefficient * inv_t / (near && kQ ? 1 + centred.growth() : 1);
-  const Vec<A> c(static_cast<A>(scale)), c_far(static_cast<A>(scale * inv_t)), mean(static_cast<A>(kQ ? centred.growth() : centred.shift));
+  const Vec<A> c(static_cast<A>(scale)), c_far(static_cast<A>(scale * inv_t)),
+      mean(static_cast<A>(kQ ? centred.growth() : centred.shift));
   const Vec<A> zero(A(0)), half(A(0.5));
   const Split<A> centre(stat.mean, stat.mean_lo);
   struct Part {
@@ -427,22 +520,27 @@ void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, doub
     for (int64_t b = first; b < last; b += kChunk) {
       const int64_t n = std::min(kChunk, last - b), chunk = b / kChunk;
       Vec<A> others(A(0));
-      // g(offset, count, p) -> the entry. In the near form exp_p holds probabilities already.
-      const Vec<A> to_p(static_cast<A>(near ? 1 : kept_factor(kept.max_p[chunk], stat.lse_p, inv_t)));
+      // g(offset, count, p) -> the entry.
+      const Vec<A> to_p(static_cast<A>(kept_factor(kept.max_p[chunk], stat.lse_p, inv_t)));
       const auto write = [&](const auto& g) __attribute__((always_inline)) {
-        for_lanes<A>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-          const Vec<A> x = load_lanes<A>(kept.exp_p + b + i, count, A(0)) * to_p;
-          const Vec<A> y = g(i, count, x), top = x > half;
-          if (any(top)) part.peak = b + i + first_lane(top);
-          others = others + select(top, zero, y);
-          store_lanes<A>(grad + b + i, y, count);
-        });
+        for_lanes<A>(
+            n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+              const Vec<A> x = load_lanes<A>(kept.exp_p + b + i, count, A(0)) * to_p;
+              const Vec<A> y = g(i, count, x), top = x > half;
+              if (any(top)) part.peak = b + i + first_lane(top);
+              others = others + select(top, zero, y);
+              store_lanes<A>(grad + b + i, y, count);
+            });
       };
       if (near) {
-        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) { return c * (load_lanes<A>(grad + b + i, count, A(0)) - x * mean); });
+        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+          return c * (load_lanes<A>(aside + b + i, count, A(0)) * to_p - x * mean);
+        });
       } else if constexpr (kQ) {
         const Vec<A> to_q(static_cast<A>(kept_factor(kept.max_q[chunk], stat.lse_q, inv_t)));
-        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) { return c * (load_lanes<A>(kept.exp_q + b + i, count, A(0)) * to_q - x); });
+        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+          return c * (load_lanes<A>(kept.exp_q + b + i, count, A(0)) * to_q - x);
+        });
       } else {
         write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
           const Vec<A> t_i = load_lanes<A>(p + b + i, count, A(0)), s = load_lanes<A>(q + b + i, count, A(0));
@@ -464,8 +562,7 @@ void value_and_grad_row(const TP* p, const TQ* q, A* grad, int64_t classes, doub
 template <class A, class TP, class TQ>
 void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   const int64_t n = k.rows.classes;
-  // Q's exponentials wait in the gradient's own row, unless that is also q's, which the near form reads again.
-  const bool over_input = k.wrt_q && k.grad.data == k.rows.q.data;
+  const bool over_input = k.grad.data == (k.wrt_q ? k.rows.q : k.rows.p).data;
   const Scratch<A> scratch(n, over_input);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
@@ -476,13 +573,16 @@ void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t en
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
-      const Kept<A> kept = scratch.kept(!k.wrt_q ? nullptr : over_input ? scratch.exps.get() + n : grad);
+      A* const aside = over_input ? scratch.exps.get() + n : grad;
+      const Kept<A> kept = scratch.kept(k.wrt_q ? aside : nullptr);
       const auto* p = static_cast<const TP*>(x[0]);
       const auto* q = static_cast<const TQ*>(x[1]);
       if constexpr (std::is_same_v<TQ, A>)
-        if (k.wrt_q) value_and_grad_row<A, true>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
+        if (k.wrt_q)
+          value_and_grad_row<A, true>(p, q, grad, aside, n, k.rows.temperature, coefficient, columns, kept, stat);
       if constexpr (std::is_same_v<TP, A>)
-        if (!k.wrt_q) value_and_grad_row<A, false>(p, q, grad, n, k.rows.temperature, coefficient, columns, kept, stat);
+        if (!k.wrt_q)
+          value_and_grad_row<A, false>(p, q, grad, aside, n, k.rows.temperature, coefficient, columns, kept, stat);
     }
     stat.store(k.stat + KlDivStat::kSize * i);
   });
@@ -591,22 +691,27 @@ double any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, For
     for (int64_t c = first; c < last; c += kChunk) {
       const int64_t n = std::min(kChunk, last - c);
       D hi(-kInf<double>);
-      for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) { hi = max_of(load_any(x, rows.dtype, c + i, count, -kInf<double>), hi); });
+      for_lanes<double>(
+          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+            hi = max_of(load_any(x, rows.dtype, c + i, count, -kInf<double>), hi);
+          });
       const double top = std::max(part.max, max_lane(hi));
       if (top == -std::numeric_limits<double>::infinity()) {
         // Nothing but -inf so far, unless NaN hides here, which no maximum shows.
         D nan(0.0);
-        for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-          nan = nan + load_any(x, rows.dtype, c + i, count, -kInf<double>).exp();
-        });
+        for_lanes<double>(
+            n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+              nan = nan + load_any(x, rows.dtype, c + i, count, -kInf<double>).exp();
+            });
         part.sum += sum_of(nan);
         continue;
       }
       if (top > part.max) part.sum = part.sum == 0 ? 0 : part.sum * std::exp((part.max - top) * inv_t), part.max = top;
       D sum(0.0);
-      for_lanes<double>(n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-        sum = sum + ((load_any(x, rows.dtype, c + i, count, -kInf<double>) - D(top)) * D(inv_t)).exp();
-      });
+      for_lanes<double>(
+          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+            sum = sum + ((load_any(x, rows.dtype, c + i, count, -kInf<double>) - D(top)) * D(inv_t)).exp();
+          });
       part.sum += sum_of(sum);
     }
     return part;
@@ -620,7 +725,8 @@ double any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, For
     for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan(first, last); });
     for (int64_t k = 0; k < segments; ++k) total.max = std::max(total.max, parts[k].max);
     for (int64_t k = 0; k < segments; ++k)
-      if (parts[k].sum != 0) total.sum += parts[k].sum * (parts[k].max == total.max ? 1 : std::exp((parts[k].max - total.max) * inv_t));
+      if (parts[k].sum != 0)
+        total.sum += parts[k].sum * (parts[k].max == total.max ? 1 : std::exp((parts[k].max - total.max) * inv_t));
   }
   if (!(total.sum > 0)) return std::numeric_limits<double>::quiet_NaN();
   return total.max + t * std::log(total.sum);
@@ -636,7 +742,9 @@ Pair sum_columns(int64_t classes, ForEach columns, const F& f) {
     Pair sums;
     for (int64_t c = first; c < last; c += kChunk) {
       D a(0.0), b(0.0);
-      for_lanes<double>(std::min(kChunk, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) { f(c + i, count, a, b); });
+      for_lanes<double>(
+          std::min(kChunk, last - c), [&](int64_t i, auto count)
+                                          __attribute__((always_inline)) { f(c + i, count, a, b); });
       sums.a += sum_of(a), sums.b += sum_of(b);
     }
     return sums;
@@ -657,16 +765,18 @@ KlDivStat any_row(const KlDivRows& rows, const void* p, const void* q, ForEach c
   if (rows.q_space == kLogits) stat.lse_q = any_lse(q, rows.q, rows.classes, t, columns);
   const Side p_side(rows.p, rows.p_space, t, stat.lse_p), q_side(rows.q, rows.q_space, t, stat.lse_q);
   const D zero(0.0), lowest(-kInf<double>);
-  const Pair sums = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& kl, D& mass) __attribute__((always_inline)) {
-    D x, log_x, y, log_y;
-    p_side.read(p, i, count, x, log_x);
-    q_side.read(q, i, count, y, log_y);
-    const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
-    // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
-    const D absent = select((log_x > lowest) & (log_y == lowest), D(kInf<double>), select(log_y.isnan(), log_y, zero));
-    kl = kl + select(x == zero, absent, x * l);
-    mass = mass + x;
-  });
+  const Pair sums = sum_columns(
+      rows.classes, columns, [&](int64_t i, auto count, D& kl, D& mass) __attribute__((always_inline)) {
+        D x, log_x, y, log_y;
+        p_side.read(p, i, count, x, log_x);
+        q_side.read(q, i, count, y, log_y);
+        const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
+        // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
+        const D absent =
+            select((log_x > lowest) & (log_y == lowest), D(kInf<double>), select(log_y.isnan(), log_y, zero));
+        kl = kl + select(x == zero, absent, x * l);
+        mass = mass + x;
+      });
   stat.kl = sums.a, stat.mean = sums.b;
   return stat;
 }
@@ -701,25 +811,27 @@ void forward_any(const KlDivForward& k, int64_t begin, int64_t end, ForEach colu
   });
 }
 
-void any_gradient(const KlDivRows& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p, const RowsOut& out_q, void* grad_q, const KlDivStat& stat,
-                  double coefficient, ForEach columns) {
+void any_gradient(const KlDivRows& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p,
+                  const RowsOut& out_q, void* grad_q, const KlDivStat& stat, double coefficient, ForEach columns) {
   if (coefficient == 0) {
     fill_zero_any(grad_p, out_p.dtype, rows.classes);
     fill_zero_any(grad_q, out_q.dtype, rows.classes);
     return;
   }
-  const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p), q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q);
+  const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p),
+      q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q);
   const D c(coefficient);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
-    for_lanes<double>(last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-      const int64_t i = first + j;
-      D x, log_x, y, log_y;
-      p_side.read(p, i, count, x, log_x);
-      q_side.read(q, i, count, y, log_y);
-      const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
-      if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * gradient_p(p_side, stat, x, l), count);
-      if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * gradient_q(q_side, stat, x, y), count);
-    });
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = first + j;
+          D x, log_x, y, log_y;
+          p_side.read(p, i, count, x, log_x);
+          q_side.read(q, i, count, y, log_y);
+          const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
+          if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * gradient_p(p_side, stat, x, l), count);
+          if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * gradient_q(q_side, stat, x, y), count);
+        });
   });
 }
 
@@ -727,7 +839,8 @@ void backward_any(const KlDivBackward& k, int64_t begin, int64_t end, ForEach co
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad_p, k.grad_q};
   RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    any_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1], KlDivStat::load(k.stat + KlDivStat::kSize * i), k.coefficient[i], columns);
+    any_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1], KlDivStat::load(k.stat + KlDivStat::kSize * i),
+                 k.coefficient[i], columns);
   });
 }
 
@@ -753,7 +866,8 @@ void value_and_grad_any(const KlDivValueAndGrad& k, int64_t begin, int64_t end, 
 //   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
 //   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
 // KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
-void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out, ForEach columns) {
+void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out,
+                         ForEach columns) {
   const KlDivRows& rows = k.rows;
   const KlDivStat stat = KlDivStat::load(k.stat + KlDivStat::kSize * row);
   const double t = rows.temperature, coefficient = k.coefficient[row];
@@ -769,24 +883,29 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
     q_side.read(in[1], i, count, q, log_q);
     l = log_ratio(p_side, q_side, p, q, log_p, log_q);
     if (both_logits)  // l = u + KL, u from the exact difference
-      l = difference_minus(load_any(in[0], rows.p.dtype, i, count, 0.0), load_any(in[1], rows.q.dtype, i, count, 0.0), centre) * inv_t + kl;
+      l = difference_minus(load_any(in[0], rows.p.dtype, i, count, 0.0), load_any(in[1], rows.q.dtype, i, count, 0.0),
+                           centre) *
+              inv_t +
+          kl;
     v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
     v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
   };
-  const Pair means = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
-    D p, q, l, v_p, v_q;
-    read(i, count, p, q, l, v_p, v_q);
-    a = a + (p_side.space == kProbs ? v_p : p * v_p);
-    b = b + (q_side.space == kProbs ? v_q : q * v_q);
-  });
-  const Pair dots = sum_columns(rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
-    D p, q, l, v_p, v_q;
-    read(i, count, p, q, l, v_p, v_q);
-    D g_q = gradient_q(q_side, flat, p, q);
-    if (both_logits) g_q = select(l.abs() < D(0.5), p * (zero - l).expm1() * inv_t, g_q);  // q - p, near
-    a = a + select(v_p == zero, zero, v_p * gradient_p(p_side, flat, p, l));
-    b = b + select(v_q == zero, zero, v_q * g_q);
-  });
+  const Pair means = sum_columns(
+      rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
+        D p, q, l, v_p, v_q;
+        read(i, count, p, q, l, v_p, v_q);
+        a = a + (p_side.space == kProbs ? v_p : p * v_p);
+        b = b + (q_side.space == kProbs ? v_q : q * v_q);
+      });
+  const Pair dots = sum_columns(
+      rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
+        D p, q, l, v_p, v_q;
+        read(i, count, p, q, l, v_p, v_q);
+        D g_q = gradient_q(q_side, flat, p, q);
+        if (both_logits) g_q = select(l.abs() < D(0.5), p * (zero - l).expm1() * inv_t, g_q);  // q - p, near
+        a = a + select(v_p == zero, zero, v_p * gradient_p(p_side, flat, p, l));
+        b = b + select(v_q == zero, zero, v_q * g_q);
+      });
   const double kl_dot = dots.a + dots.b;
   if (k.d_coefficient != nullptr) k.d_coefficient[row] = kl_dot;
   if (coefficient == 0) {
@@ -798,40 +917,41 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
   const D c(coefficient), mean_p(means.a), mean_q(means.b), one(1.0);
   const D mass_dot(p_side.space == kLogits ? 0 : means.a);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
-    for_lanes<double>(last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-      const int64_t i = first + j;
-      D p, q, l, v_p, v_q;
-      read(i, count, p, q, l, v_p, v_q);
-      const D none_p = p == zero, none_q = q == zero;
-      D log_p_dot = p_side.space == kLogits ? (v_p - mean_p) * inv_t : p_side.space == kProbs ? v_p / p : v_p;
-      log_p_dot = select(none_p, zero, log_p_dot);
-      const D p_dot = p_side.space == kProbs ? v_p : p * log_p_dot;
-      D log_q_dot = q_side.space == kLogits ? (v_q - mean_q) * inv_t : q_side.space == kProbs ? v_q / q : v_q;
-      log_q_dot = select(none_q, zero, log_q_dot);
-      const D l_dot = log_p_dot - log_q_dot;
-      if (out[0] != nullptr) {
-        D h;
-        if (p_side.space == kLogits) {
-          h = std::isinf(stat.kl) ? zero : (p_dot * (l - kl) + p * (l_dot - D(kl_dot))) * inv_t;
-        } else if (p_side.space == kLogProbs) {
-          h = p_dot * (l + one) + p * l_dot;
-        } else {
-          h = l_dot;
-        }
-        store_any(out[0], k.d_p.dtype, i, c * select(none_p, zero, h), count);
-      }
-      if (out[1] != nullptr) {
-        D h;
-        if (q_side.space == kLogits) {
-          h = (q * (log_q_dot * D(mass) + mass_dot) - p_dot) * inv_t;
-        } else if (q_side.space == kLogProbs) {
-          h = zero - p_dot;
-        } else {
-          h = select(none_q, zero, (p * log_q_dot - p_dot) / q);
-        }
-        store_any(out[1], k.d_q.dtype, i, c * h, count);
-      }
-    });
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = first + j;
+          D p, q, l, v_p, v_q;
+          read(i, count, p, q, l, v_p, v_q);
+          const D none_p = p == zero, none_q = q == zero;
+          D log_p_dot = p_side.space == kLogits ? (v_p - mean_p) * inv_t : p_side.space == kProbs ? v_p / p : v_p;
+          log_p_dot = select(none_p, zero, log_p_dot);
+          const D p_dot = p_side.space == kProbs ? v_p : p * log_p_dot;
+          D log_q_dot = q_side.space == kLogits ? (v_q - mean_q) * inv_t : q_side.space == kProbs ? v_q / q : v_q;
+          log_q_dot = select(none_q, zero, log_q_dot);
+          const D l_dot = log_p_dot - log_q_dot;
+          if (out[0] != nullptr) {
+            D h;
+            if (p_side.space == kLogits) {
+              h = std::isinf(stat.kl) ? zero : (p_dot * (l - kl) + p * (l_dot - D(kl_dot))) * inv_t;
+            } else if (p_side.space == kLogProbs) {
+              h = p_dot * (l + one) + p * l_dot;
+            } else {
+              h = l_dot;
+            }
+            store_any(out[0], k.d_p.dtype, i, c * select(none_p, zero, h), count);
+          }
+          if (out[1] != nullptr) {
+            D h;
+            if (q_side.space == kLogits) {
+              h = (q * (log_q_dot * D(mass) + mass_dot) - p_dot) * inv_t;
+            } else if (q_side.space == kLogProbs) {
+              h = zero - p_dot;
+            } else {
+              h = select(none_q, zero, (p * log_q_dot - p_dot) / q);
+            }
+            store_any(out[1], k.d_q.dtype, i, c * h, count);
+          }
+        });
   });
 }
 
@@ -849,13 +969,16 @@ void kl_div_backward(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
 
 void kl_div_value_and_grad(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (!k.rows.from_logits()) return value_and_grad_any(k, begin, end, columns);
-  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
+  dispatch_types(k.rows,
+                 [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {
   const RowsIn in[] = {k.rows.p, k.rows.q, k.v_p, k.v_q};
   const RowsOut out[] = {k.d_p, k.d_q};
-  RowTiles<4, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) { double_backward_row(k, i, x, y, columns); });
+  RowTiles<4, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    double_backward_row(k, i, x, y, columns);
+  });
 }
 
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY
