@@ -141,8 +141,17 @@ struct KlDivCentred {
   double phi = 0;
 
   TD_HOST_DEVICE double growth() const { return phi - shift; }  // E_p[e^-u] - 1
+  // shift + log1p(growth) = phi - (x - log1p(x)) at x = growth: with the centre off by as much as u is wide, shift and
+  // the logarithm are sqrt(KL) each and cancel. x - log1p(x) = x^2 (1/2 - x/3 + x^2/4 - ...).
   TD_HOST_DEVICE void finish(KlDivStat& stat, double t) const {
-    const double kl = shift + std::log1p(growth());
+    const double x = growth();
+    double rest = x - std::log1p(x);
+    if (std::fabs(x) < 0.01) {
+      double series = 0;
+      for (int k = 9; k >= 2; --k) series = (k % 2 ? -1.0 : 1.0) / k + x * series;
+      rest = x * x * series;
+    }
+    const double kl = phi - rest;
     stat.kl = kl < 0 ? 0 : kl;  // the sum is non-negative; its last rounding need not be
     stat.set_mean(stat.mean, stat.mean_lo + t * shift);
   }
