@@ -272,16 +272,22 @@ KlDivGuess guess_columns(const TP* p, const TQ* q, int64_t first, int64_t last, 
   return sums;
 }
 
+// A type of this instruction set alone: the array of a shared one would leave weak symbols in the object.
+template <class Sums>
+struct PartOf {
+  Sums sums;
+};
+
 // part(first, last) of each segment, merged in their order.
 template <class Sums, class Part, class Merge>
 TD_INLINE Sums merged_segments(int64_t classes, ForEach columns, const Part& part, const Merge& merge) {
   const int64_t segments = segment_count(classes, columns);
   if (segments == 1) return part(int64_t{0}, classes);
-  const auto parts = std::make_unique<Sums[]>(static_cast<size_t>(segments));
+  const auto parts = std::make_unique<PartOf<Sums>[]>(static_cast<size_t>(segments));
   for_segments(classes, columns,
-               [&](int64_t first, int64_t last, int64_t k) { parts[static_cast<size_t>(k)] = part(first, last); });
-  Sums total = parts[0];
-  for (int64_t k = 1; k < segments; ++k) merge(total, parts[static_cast<size_t>(k)]);
+               [&](int64_t first, int64_t last, int64_t k) { parts[static_cast<size_t>(k)].sums = part(first, last); });
+  Sums total = parts[0].sums;
+  for (int64_t k = 1; k < segments; ++k) merge(total, parts[static_cast<size_t>(k)].sums);
   return total;
 }
 
