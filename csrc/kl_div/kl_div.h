@@ -73,7 +73,7 @@ struct KlDivStat {
   double lse_p;  // T logsumexp(t/T); 0 where P is not in logits
   double lse_q;
   double mean;     // logits on both sides: E_p[t - s] (not divided by T); else sum(p)
-  double mean_lo;  // what mean rounds off: u may be far smaller than an offset between t and s
+  double mean_lo;  // logits on both sides: what mean rounds off; on one side: what its lse rounds off
   double kl;
 
   static constexpr int kSize = 5;

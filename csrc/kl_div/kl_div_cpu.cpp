@@ -657,20 +657,27 @@ void fill_zero_any(void* y, DType type, int64_t n) {
 struct Side {
   DType type;
   int space;
-  D inv_t;
-  Split<double> lse;
+  D inv_t, lse, lse_lo, factor;
   double padding;
 
-  Side(const RowsIn& rows, int space_, double t, double lse_)
-      : type(rows.dtype), space(space_), inv_t(1 / t), lse(lse_), padding(space_ == kProbs ? 0 : -kInf<double>) {}
+  Side(const RowsIn& rows, int space_, double t, double lse_, double lse_lo_)
+      : type(rows.dtype),
+        space(space_),
+        inv_t(1 / t),
+        lse(lse_),
+        lse_lo(lse_lo_ / t),
+        factor(std::exp(-lse_lo_ / t)),
+        padding(space_ == kProbs ? 0 : -kInf<double>) {}
   template <class Count>
   TD_INLINE void read(const void* x, int64_t i, Count count, D& prob, D& log_prob) const {
     const D v = load_any(x, type, i, count, padding);
     if (space == kProbs) {
       prob = v, log_prob = v.log();
+    } else if (space == kLogits) {
+      const D above = (v - lse) * inv_t;
+      log_prob = above - lse_lo, prob = above.exp() * factor;
     } else {
-      log_prob = space == kLogits ? (v - lse.hi) * inv_t : v;
-      prob = log_prob.exp();
+      log_prob = v, prob = v.exp();
     }
   }
 };
@@ -687,7 +694,9 @@ TD_INLINE D log_ratio(const Side& p_side, const Side& q_side, D p, D q, D log_p,
   return l;
 }
 
-double any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns) {
+// T logsumexp(x/T) = lse + lse_lo
+void any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns, double& lse,
+             double& lse_lo) {
   struct Part {
     double max = -std::numeric_limits<double>::infinity(), sum = 0;
   };
@@ -734,8 +743,14 @@ double any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, For
       if (parts[k].sum != 0)
         total.sum += parts[k].sum * (parts[k].max == total.max ? 1 : std::exp((parts[k].max - total.max) * inv_t));
   }
-  if (!(total.sum > 0)) return std::numeric_limits<double>::quiet_NaN();
-  return total.max + t * std::log(total.sum);
+  if (!(total.sum > 0)) {
+    lse = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  const double log_sum = t * std::log(total.sum);
+  lse = total.max + log_sum;
+  const double back = lse - total.max;
+  lse_lo = (total.max - (lse - back)) + (log_sum - back);
 }
 
 // Sums f(i, count) -> two vectors over a row, in a fixed order.
@@ -767,9 +782,10 @@ Pair sum_columns(int64_t classes, ForEach columns, const F& f) {
 KlDivStat any_row(const KlDivRows& rows, const void* p, const void* q, ForEach columns) {
   const double t = rows.temperature;
   KlDivStat stat{};
-  if (rows.p_space == kLogits) stat.lse_p = any_lse(p, rows.p, rows.classes, t, columns);
-  if (rows.q_space == kLogits) stat.lse_q = any_lse(q, rows.q, rows.classes, t, columns);
-  const Side p_side(rows.p, rows.p_space, t, stat.lse_p), q_side(rows.q, rows.q_space, t, stat.lse_q);
+  if (rows.p_space == kLogits) any_lse(p, rows.p, rows.classes, t, columns, stat.lse_p, stat.mean_lo);
+  if (rows.q_space == kLogits) any_lse(q, rows.q, rows.classes, t, columns, stat.lse_q, stat.mean_lo);
+  const double rest = rows.from_logits() ? 0 : stat.mean_lo;
+  const Side p_side(rows.p, rows.p_space, t, stat.lse_p, rest), q_side(rows.q, rows.q_space, t, stat.lse_q, rest);
   const D zero(0.0), lowest(-kInf<double>);
   const Pair sums = sum_columns(
       rows.classes, columns, [&](int64_t i, auto count, D& kl, D& mass) __attribute__((always_inline)) {
@@ -824,8 +840,9 @@ void any_gradient(const KlDivRows& rows, const void* p, const void* q, const Row
     fill_zero_any(grad_q, out_q.dtype, rows.classes);
     return;
   }
-  const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p),
-      q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q);
+  const double rest = stat.mean_lo;
+  const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p, rest),
+      q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q, rest);
   const D c(coefficient);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for_lanes<double>(
@@ -880,7 +897,8 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
   const bool both_logits = rows.from_logits();
   const double mass = both_logits ? 1 : stat.mean;
   const KlDivStat flat{stat.lse_p, stat.lse_q, mass, 0, stat.kl};
-  const Side p_side(rows.p, rows.p_space, t, stat.lse_p), q_side(rows.q, rows.q_space, t, stat.lse_q);
+  const double rest = rows.from_logits() ? 0 : stat.mean_lo;
+  const Side p_side(rows.p, rows.p_space, t, stat.lse_p, rest), q_side(rows.q, rows.q_space, t, stat.lse_q, rest);
   const Split<double> centre(stat.mean, stat.mean_lo);
   const D zero(0.0), kl(stat.kl), inv_t(1 / t);
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& l, D& v_p, D& v_q) __attribute__((always_inline)) {
