@@ -2,10 +2,9 @@
 //
 // Why not F::apply (torch/csrc/autograd/custom_function.h):
 //   1. It refuses to run under torch.func, because a Function called from outside the dispatcher sees only one
-//   transform
-//      level. An Autograd-key kernel is entered once per level, like the generated kernels of native operators, so the
-//      refusal is not needed here. Only here: never call apply() from anything but an Autograd-key kernel, and let that
-//      kernel's forward redispatch to its own operator.
+//      transform level. An Autograd-key kernel is entered once per level, like the generated kernels of native
+//      operators, so the refusal is not needed here. Only here: never call apply() from anything but an Autograd-key
+//      kernel, and let that kernel's forward redispatch to its own operator.
 //   2. It has no forward-mode AD. Here F::jvp(ctx, primals, tangents) gives the outputs' tangents.
 //   3. Its forward runs with the Autograd keys on.
 // F's operators must be functional: fresh outputs, no views, no in-place arguments.
