@@ -18,6 +18,8 @@ class RowReduction {
   bool reduces() const { return kind_ != Kind::None; }
   // One weight a row, of the loss's dtype, or nothing.
   const std::optional<at::Tensor>& weight() const { return weight_; }
+  // What replaces the denominator of "mean", or nothing.
+  const std::optional<at::Tensor>& normalizer() const { return normalizer_; }
   // What multiplies the sum of weighted rows. Reads tensors: only where they hold values.
   double scale() const;
   // Rows already multiplied by their weight -> the loss.
