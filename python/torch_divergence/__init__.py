@@ -30,8 +30,8 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.functional import *  # noqa: E402, F403
+from torch_divergence.modules import *  # noqa: E402, F403
 
 _transforms.register()
 
@@ -55,11 +55,11 @@ def empty_cache() -> None:
 
 
 __all__ = [
-    "KLDivLoss",
     "__version__",
     "cmake_prefix_path",
     "empty_cache",
     "functional",
-    "kl_div",
     "modules",
+    *functional.__all__,
+    *modules.__all__,
 ]

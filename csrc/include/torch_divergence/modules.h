@@ -1,4 +1,7 @@
 /// Losses as modules: what does not change between batches is set once, at construction.
 #pragma once
 
+#include <torch_divergence/modules/gan.h>
 #include <torch_divergence/modules/kl_div.h>
+#include <torch_divergence/modules/ppo.h>
+#include <torch_divergence/modules/wgan.h>

@@ -1,6 +1,27 @@
 """The losses as functions. Prediction first, target second, as in ``torch.nn.functional``; the rest by keyword."""
 
 from torch_divergence.functional._common import Direction, Reduction, Space
+from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss, gan_generator_loss, gan_js_estimate
 from torch_divergence.functional._kl_div import kl_div
+from torch_divergence.functional._ppo import AdaptiveKLController, ppo_clip_loss, ppo_kl_penalty_loss
+from torch_divergence.functional._trust_region import TrustRegionResult, trust_region_step
+from torch_divergence.functional._wgan import gradient_penalty, wgan_critic_loss, wgan_generator_loss
 
-__all__ = ["Direction", "Reduction", "Space", "kl_div"]
+__all__ = [
+    "AdaptiveKLController",
+    "Direction",
+    "GANLossKind",
+    "Reduction",
+    "Space",
+    "TrustRegionResult",
+    "gan_discriminator_loss",
+    "gan_generator_loss",
+    "gan_js_estimate",
+    "gradient_penalty",
+    "kl_div",
+    "ppo_clip_loss",
+    "ppo_kl_penalty_loss",
+    "trust_region_step",
+    "wgan_critic_loss",
+    "wgan_generator_loss",
+]

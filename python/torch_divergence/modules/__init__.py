@@ -1,5 +1,8 @@
 """The losses as modules: what does not change between batches is set once, at construction."""
 
+from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._kl_div import KLDivLoss
+from torch_divergence.modules._ppo import PPOClipLoss, PPOKLPenaltyLoss
+from torch_divergence.modules._wgan import WassersteinGANLoss
 
-__all__ = ["KLDivLoss"]
+__all__ = ["GANLoss", "KLDivLoss", "PPOClipLoss", "PPOKLPenaltyLoss", "WassersteinGANLoss"]
