@@ -56,6 +56,14 @@ def test_cpp_distillation(python_distillation):
     assert accuracy == pytest.approx(expected, abs=1.0), (accuracy, expected)
 
 
+@pytest.mark.parametrize("algorithm", ("trpo", "ppo"))
+def test_python_policy_optimization(algorithm):
+    output = run(sys.executable, ROOT / "examples/python/policy_optimization.py", "--algorithm", algorithm)
+    score, kl = map(float, re.search(r"mean return (\S+) over 100 episodes, largest KL (\S+)", output).groups())
+    assert score >= 475 and 0 < kl
+    assert algorithm == "ppo" or kl <= 0.01
+
+
 def test_benchmark():
     """One round on one small shape: every contender runs, and what is timed computes the right gradient."""
     contenders = ["copy_", "td", "td, in place", "eager"]
