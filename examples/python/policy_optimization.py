@@ -1,9 +1,9 @@
 """CartPole-v1 by TRPO and by PPO: a policy's step bounded, or penalised, by KL(old || new).
 
-TRPO (Schulman et al., "Trust Region Policy Optimization", 2015) takes one step of `td.trust_region_step` a batch, and the
-KL measured after it is asserted to be within the bound each time. PPO (Schulman et al., "Proximal Policy Optimization
-Algorithms", 2017) takes several epochs of `td.ppo_clip_loss`, and reports the same KL. Either must reach a mean return of
-475 over 100 episodes, which is when CartPole-v1 counts as solved; the program fails if it does not.
+TRPO (Schulman et al., "Trust Region Policy Optimization", 2015) takes one step of `td.trust_region_step` a batch, and
+the KL measured after it is asserted to be within the bound each time. PPO (Schulman et al., "Proximal Policy
+Optimization Algorithms", 2017) takes several epochs of `td.ppo_clip_loss`, and reports the same KL. Either must reach
+a mean return of 475 over 100 episodes, which is when CartPole-v1 counts as solved; the program fails if it does not.
 
     python policy_optimization.py --algorithm trpo    half a minute
     python policy_optimization.py --algorithm ppo
