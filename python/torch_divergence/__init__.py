@@ -30,8 +30,14 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.functional import (  # noqa: E402
+    gaussian_wasserstein,
+    kl_div,
+    sliced_wasserstein,
+    wasserstein,
+    wasserstein_1d,
+)
+from torch_divergence.modules import KLDivLoss, SlicedWassersteinLoss, Wasserstein1dLoss  # noqa: E402
 
 _transforms.register()
 
@@ -56,10 +62,16 @@ def empty_cache() -> None:
 
 __all__ = [
     "KLDivLoss",
+    "SlicedWassersteinLoss",
+    "Wasserstein1dLoss",
     "__version__",
     "cmake_prefix_path",
     "empty_cache",
     "functional",
+    "gaussian_wasserstein",
     "kl_div",
     "modules",
+    "sliced_wasserstein",
+    "wasserstein",
+    "wasserstein_1d",
 ]
