@@ -21,8 +21,8 @@ PointClouds checked_point_clouds(const char* name, const at::Tensor& x, const at
   for (size_t k = 0; k < 4; ++k) {
     if (!t[k].has_value()) continue;
     const auto sizes = t[k]->sym_sizes();
-    TORCH_CHECK_VALUE(t[k]->dim() == own_dims(k) || t[k]->dim() == own_dims(k) + 1, name, ": ", kNames[k], " has shape ",
-                      sizes, ", expected ", kShapes[k]);
+    TORCH_CHECK_VALUE(t[k]->dim() == own_dims(k) || t[k]->dim() == own_dims(k) + 1, name, ": ", kNames[k],
+                      " has shape ", sizes, ", expected ", kShapes[k]);
     const auto points = t[k]->sym_size(-own_dims(k));
     TORCH_CHECK_VALUE(points != 0, name, ": ", kNames[k], " has no points: its shape is ", sizes,
                       ", expected at least one");

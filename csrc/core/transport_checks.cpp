@@ -54,7 +54,8 @@ void check_masses(const char* name, const std::optional<at::Tensor>& a, const st
   for (int64_t i = 0; i < rows; ++i) {
     const double mass_a = a.has_value() ? x[i] : 1, mass_b = b.has_value() ? y[i] : 1;
     TORCH_CHECK_VALUE(std::abs(mass_a - mass_b) <= tolerance * std::max(mass_a, mass_b), name, ": a sums to ", mass_a,
-                      " and b to ", mass_b, " in row ", i, ", expected equal masses (to ", tolerance,
+                      " and b to ", mass_b, " in row ", i, ", which differ by ", std::abs(mass_a - mass_b),
+                      ", expected equal masses (to ", tolerance,
                       " relative; weights that are None sum to 1, and nothing is rescaled)");
   }
 }

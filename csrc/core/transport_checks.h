@@ -1,4 +1,5 @@
-// Checks that the exact transport losses share. As in core/checks.h: c10::ValueError, naming argument, value, expectation.
+// Checks that the exact transport losses share. As in core/checks.h: c10::ValueError, naming argument, value,
+// expectation.
 #pragma once
 #include <ATen/core/Tensor.h>
 

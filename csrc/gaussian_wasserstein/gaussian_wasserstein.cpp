@@ -6,8 +6,8 @@
 //   _bures_lyapunov           derivatives of the maps, to any order
 #include "gaussian_wasserstein/gaussian_wasserstein.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/diag_embed.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
@@ -223,8 +223,8 @@ Tensor gaussian_wasserstein(const Tensor& mean1, const Tensor& cov1, const Tenso
                       argument.sym_sizes(), ", expected ", is_cov ? "(D, D) or (B, D, D)" : "(D) or (B, D)");
     const auto d = mean1.sym_size(-1);
     TORCH_CHECK_VALUE(d != 0 && argument.sym_size(-1) == d && argument.sym_size(-own) == d, kName, ": ", kNames[k],
-                      " has shape ", argument.sym_sizes(), ", expected its last ", is_cov ? "two dimensions" : "dimension",
-                      " to be ", d, ", that of mean1, and at least 1");
+                      " has shape ", argument.sym_sizes(), ", expected its last ",
+                      is_cov ? "two dimensions" : "dimension", " to be ", d, ", that of mean1, and at least 1");
     if (argument.dim() == own) continue;
     if (!batch.has_value()) batch = argument.sym_size(0);
     TORCH_CHECK_VALUE(argument.sym_size(0) == *batch, kName, ": ", kNames[k], " has a batch of ", argument.sym_size(0),
@@ -264,9 +264,8 @@ Tensor gaussian_wasserstein(const Tensor& mean1, const Tensor& cov1, const Tenso
 TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("gaussian_wasserstein(Tensor mean1, Tensor cov1, Tensor mean2, Tensor cov2) -> Tensor", tags);
-  m.def(
-      "_bures(Tensor cov1, Tensor cov2, float rank_tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      tags);
+  m.def("_bures(Tensor cov1, Tensor cov2, float rank_tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        tags);
   m.def("_bures_lyapunov(Tensor k, Tensor y, Tensor other, Tensor s, Tensor z, bool transposed) -> Tensor", tags);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {

@@ -59,7 +59,9 @@ Tensor sliced_wasserstein(const Tensor& x, const Tensor& y, const OptionalTensor
   const auto directions = projections.has_value()
                               ? projections->to(dtype)
                               : random_directions(n_projections, dimension, generator, x.options().dtype(dtype));
-  const auto project = [&](const Tensor& points) { return at::matmul(directions, points.to(dtype).mT()); };  // (*B, L, N)
+  const auto project = [&](const Tensor& points) {
+    return at::matmul(directions, points.to(dtype).mT());
+  };  // (*B, L, N)
   const auto of_slices = [&](const OptionalTensor& weights, const Tensor& projected) {
     return weights.has_value() ? OptionalTensor(weights->unsqueeze(-2).expand_symint(projected.sym_sizes()))
                                : std::nullopt;

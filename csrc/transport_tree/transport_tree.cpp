@@ -55,7 +55,8 @@ class RootedTree {
         order_.push_back(other);
       }
     }
-    TORCH_CHECK_VALUE(static_cast<int64_t>(order_.size()) == nodes, "transport tree: the edges do not reach every point");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(order_.size()) == nodes,
+                      "transport tree: the edges do not reach every point");
   }
 
   // Leaves first: what is left of a node's weight goes over the edge to its parent. `weight` (nodes) is used up.
@@ -153,8 +154,8 @@ struct TransportFlow : torch::autograd::Function<TransportFlow> {
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
     if (!incoming[0].defined()) return variable_list(4);
     const auto s = ctx->get_saved_variables();
-    auto [f, g] = transport_potentials(s[0], s[1], incoming[0], ctx->saved_data["n"].toSymInt(),
-                                       ctx->saved_data["m"].toSymInt());
+    auto [f, g] =
+        transport_potentials(s[0], s[1], incoming[0], ctx->saved_data["n"].toSymInt(), ctx->saved_data["m"].toSymInt());
     return {Tensor(), Tensor(), f, g};
   }
   static variable_list jvp(AutogradContext*, const variable_list& in, const variable_list& tangents) {

@@ -8,8 +8,8 @@
 // Degenerate trees (edges without flow) are the rule where weights are equal, and pivots on them need not improve
 // anything. So masses are integers of a grid, perturbed by less than its step such that no edge of any tree is without
 // flow (Orden, "The transshipment problem", 1956): every pivot improves the cost, and arithmetic on masses is exact.
-// A tree that is optimal for the perturbed masses is optimal for those on the grid. The flow for the masses as they were
-// given follows from the tree (transport_tree.h).
+// A tree that is optimal for the perturbed masses is optimal for those on the grid. The flow for the masses as they
+// were given follows from the tree (transport_tree.h).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -102,8 +102,8 @@ class NetworkSimplex {
     return mass;
   }
 
-  // A first tree: each row in turn to its cheapest columns that are not full. Every allocation but the last fills either
-  // a row or a column, which makes the edges a tree.
+  // A first tree: each row in turn to its cheapest columns that are not full. Every allocation but the last fills
+  // either a row or a column, which makes the edges a tree.
   void start(std::vector<int64_t> mass) {
     struct Allocation {
       int64_t row, col, flow;
@@ -189,7 +189,8 @@ class NetworkSimplex {
   // below 0 in any row. Rounding of the potentials is not below 0.
   Edge cheapest_edge(int64_t& row) const {
     constexpr double kRounding = 64 * std::numeric_limits<double>::epsilon();
-    const int64_t block = std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(static_cast<double>(n_) / static_cast<double>(m_))));
+    const int64_t block =
+        std::max<int64_t>(1, static_cast<int64_t>(std::sqrt(static_cast<double>(n_) / static_cast<double>(m_))));
     Edge best{-1, -1, 0};
     for (int64_t seen = 1; seen <= n_; ++seen) {
       const double* const c = cost_ + row * m_;

@@ -55,8 +55,8 @@ Tensor rows_of(const Tensor& u, const Tensor& v, const OptionalTensor& a, const 
 
 Tensors4 backward_of(const Tensor& grad, const Tensor& u, const Tensor& v, const OptionalTensor& a,
                      const OptionalTensor& b, double p, Mask mask) {
-  using Signature = Tensors4(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             double, Mask);
+  using Signature =
+      Tensors4(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, Mask);
   static const auto op = typed_op<Signature>("torch_divergence::_wasserstein_1d_backward");
   return op.call(grad, u, v, a, b, p, mask);
 }
@@ -79,8 +79,9 @@ struct SideRows {
     w_layout = row_layout(*weights);
   }
   SortedSide<T> operator[](int64_t row) const {
-    return {size, {x + x_layout.offset(row), x_layout.class_stride}, {w == nullptr ? w : w + w_layout.offset(row),
-                                                                     w_layout.class_stride}};
+    return {size,
+            {x + x_layout.offset(row), x_layout.class_stride},
+            {w == nullptr ? w : w + w_layout.offset(row), w_layout.class_stride}};
   }
   int64_t size;
   const T* x;
@@ -159,7 +160,8 @@ Tensors2 tree_cpu(const Tensor& u, const Tensor& v, const OptionalTensor& a, con
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), kName, [&] {
     const SideRows<scalar_t> us(u, a), vs(v, b);
     const int64_t edges = us.size + vs.size - 1;
-    auto *const i_out = rows.template mutable_data_ptr<int64_t>(), *const j_out = cols.template mutable_data_ptr<int64_t>();
+    auto *const i_out = rows.template mutable_data_ptr<int64_t>(), *const j_out =
+                                                                       cols.template mutable_data_ptr<int64_t>();
     for_rows(rows.numel() / edges, edges, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         int64_t k = r * edges;
@@ -218,8 +220,8 @@ struct Wasserstein1d : torch::autograd::Function<Wasserstein1d> {
     Mask mask{};
     size_t edge = 0;  // absent tensors have none
     for (size_t k = 0; k < 4; ++k) mask[k] = s[k].defined() && ctx->needs_input_grad(edge++);
-    auto [du, dv, da, db] = backward_of(incoming[0], s[0], s[1], optional(s[2]), optional(s[3]),
-                                        ctx->saved_data["p"].toDouble(), mask);
+    auto [du, dv, da, db] =
+        backward_of(incoming[0], s[0], s[1], optional(s[2]), optional(s[3]), ctx->saved_data["p"].toDouble(), mask);
     const std::array<Tensor, 4> all{du, dv, da, db};
     for (size_t k = 0; k < 4; ++k)
       if (mask[k]) result[k] = all[k];
@@ -341,13 +343,15 @@ Operands checked_operands(const Tensor& u, const Tensor& v, const OptionalTensor
       has_batch = true;
     }
     TORCH_CHECK_VALUE(rows == c10::SymIntArrayRef(result.batch), kName, ": ", kNames[k], " has rows of shape ", rows,
-                      ", expected ", c10::SymIntArrayRef(result.batch), ", as another argument has (nothing is broadcast "
+                      ", expected ", c10::SymIntArrayRef(result.batch),
+                      ", as another argument has (nothing is broadcast "
                       "but tensors of one dimension)");
   }
   for (size_t k = 0; k < 4; ++k) {
     if (!result.tensors[k].has_value()) continue;
     const auto n = result.tensors[k]->sym_size(-1), expected = result.tensors[k % 2]->sym_size(-1);
-    TORCH_CHECK_VALUE(n != 0, kName, ": ", kNames[k], " has no points: its dim ", dim, " is empty, expected at least one");
+    TORCH_CHECK_VALUE(n != 0, kName, ": ", kNames[k], " has no points: its dim ", dim,
+                      " is empty, expected at least one");
     TORCH_CHECK_VALUE(n == expected, kName, ": ", kNames[k], " has ", n, " weights along dim ", dim, ", expected ",
                       expected, ", one a point of ", kNames[k % 2]);
   }
@@ -367,9 +371,8 @@ std::pair<Tensor, OptionalTensor> sorted_side(const Tensor& given, const Optiona
   OptionalTensor weights;
   if (given_weights.has_value()) {
     const auto w = given_weights->to(dtype);
-    weights = w.dim() == order.dim() && w.dim() == 1
-                  ? w.gather(-1, order)
-                  : expand_rows(w, batch).gather(-1, expand_rows(order, batch));
+    weights = w.dim() == order.dim() && w.dim() == 1 ? w.gather(-1, order)
+                                                     : expand_rows(w, batch).gather(-1, expand_rows(order, batch));
     weights = expand_rows(*weights, batch);
   }
   return {expand_rows(positions, batch), weights};

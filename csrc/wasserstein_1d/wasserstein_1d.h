@@ -6,8 +6,8 @@
 // (Vallender, "Calculation of the Wasserstein distance between probability distributions on the line", 1974; Peyre and
 // Cuturi, "Computational Optimal Transport", 2019, section 2.6). Going through t the cells form a staircase from
 // (0, 0) to (N-1, M-1) that advances i at the cumulative masses A_i and j at B_j: N + M - 1 cells, the edges of a
-// spanning tree (transport_tree.h). Where A_i = B_j it may advance either way; the loss and the positions' gradients are
-// the same, the weights' potentials are not. Their mean, over advancing u first and v first, is the mean of the two
+// spanning tree (transport_tree.h). Where A_i = B_j it may advance either way; the loss and the positions' gradients
+// are the same, the weights' potentials are not. Their mean, over advancing u first and v first, is the mean of the two
 // one-sided derivatives.
 #pragma once
 #include <algorithm>
@@ -44,7 +44,8 @@ struct SortedSide {
 
   bool uniform() const { return weight.data == nullptr; }
   double weight_of(int64_t i) const { return uniform() ? 1 / static_cast<double>(size) : weight[i]; }
-  // The mass up to and with i, from that before i. Equal quotients round equally, so that uniform sides coincide exactly.
+  // The mass up to and with i, from that before i. Equal quotients round equally, so that uniform sides coincide
+  // exactly.
   double cumulative(int64_t i, double before) const {
     return uniform() ? static_cast<double>(i + 1) / static_cast<double>(size) : before + weight[i];
   }
@@ -62,17 +63,17 @@ template <class T, class Step, class Last>
 void staircase(const SortedSide<T>& u, const SortedSide<T>& v, bool u_first, const Step& step, const Last& last) {
   const double mass_u = u.mass(), mass_v = v.mass(), mass = std::min(mass_u, mass_v);
   // Cumulative masses closer than their rounding coincide: that of weights of type T, and of the summation.
-  const double rounding = u.uniform() && v.uniform() ? 0
-                                                     : std::max<double>(4 * std::numeric_limits<T>::epsilon(),
-                                                                        static_cast<double>(u.size + v.size) *
-                                                                            std::numeric_limits<double>::epsilon());
+  const double rounding =
+      u.uniform() && v.uniform()
+          ? 0
+          : std::max<double>(4 * std::numeric_limits<T>::epsilon(),
+                             static_cast<double>(u.size + v.size) * std::numeric_limits<double>::epsilon());
   const double tolerance = mass * rounding;
   double a = u.cumulative(0, 0), b = v.cumulative(0, 0);
   int64_t i = 0, j = 0;
   while (i + 1 < u.size || j + 1 < v.size) {
     const double gap = a - b;
-    const bool along_u =
-        i + 1 < u.size && (j + 1 == v.size || gap < -tolerance || (u_first && gap <= tolerance));
+    const bool along_u = i + 1 < u.size && (j + 1 == v.size || gap < -tolerance || (u_first && gap <= tolerance));
     step(i, j, along_u ? a : b, along_u);
     if (along_u) {
       a = u.cumulative(++i, a);
@@ -101,9 +102,8 @@ void transport_cells(const SortedSide<T>& u, const SortedSide<T>& v, double mass
 template <class T>
 double wasserstein_1d(const SortedSide<T>& u, const SortedSide<T>& v, const PowerCost& cost) {
   double sum = 0;
-  transport_cells(u, v, std::min(u.mass(), v.mass()), [&](int64_t i, int64_t j, double w) {
-    sum += w * cost(u.position[i] - v.position[j]);
-  });
+  transport_cells(u, v, std::min(u.mass(), v.mass()),
+                  [&](int64_t i, int64_t j, double w) { sum += w * cost(u.position[i] - v.position[j]); });
   return sum;
 }
 
@@ -131,7 +131,8 @@ void wasserstein_1d_potentials(const SortedSide<T>& u, const SortedSide<T>& v, c
     staircase(
         u, v, u_first,
         [&](int64_t i, int64_t j, double, bool along_u) {
-          const double next = along_u ? cost(u.position[i + 1] - v.position[j]) : cost(u.position[i] - v.position[j + 1]);
+          const double next =
+              along_u ? cost(u.position[i + 1] - v.position[j]) : cost(u.position[i] - v.position[j + 1]);
           if (along_u) {
             fi += next - of_cell;
             f[i + 1] += fi / 2;

@@ -7,7 +7,11 @@
 
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
+#include <torch_divergence/functional/gaussian_wasserstein.h>
 #include <torch_divergence/functional/kl_div.h>
+#include <torch_divergence/functional/sliced_wasserstein.h>
+#include <torch_divergence/functional/wasserstein.h>
+#include <torch_divergence/functional/wasserstein_1d.h>
 
 #include <string>
 

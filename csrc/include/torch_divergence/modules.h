@@ -2,3 +2,5 @@
 #pragma once
 
 #include <torch_divergence/modules/kl_div.h>
+#include <torch_divergence/modules/sliced_wasserstein.h>
+#include <torch_divergence/modules/wasserstein_1d.h>

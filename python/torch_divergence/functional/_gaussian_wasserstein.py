@@ -12,7 +12,7 @@ def gaussian_wasserstein(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tenso
     factors of the covariances, not as the difference of these traces, and stays accurate where they are close.
 
     All four tensors get gradients, to any order where both covariances are positive definite. The gradient of
-    ``cov1`` is I - T with T the optimal map's matrix. Equal covariances give exactly 0. Where a covariance is singular the
+    ``cov1`` is I - T with T the matrix of the optimal map. Equal covariances give exactly 0. Where one is singular the
     gradient is the finite part: directions in which the derivative is infinite are left out.
 
     Args:

@@ -21,9 +21,9 @@ def wasserstein_1d(
     m (Vallender, "Calculation of the Wasserstein distance between probability distributions on the line", 1974).
 
     All four tensors get gradients, to any order. Conventions where there is no derivative: \|d\|\ :sup:`p` has slope
-    0 at d = 0; equal positions are matched in the order of their indices; where cumulative weights of both sides coincide,
-    the weights' gradient is the mean of the two one-sided ones. Weights' gradients are defined up to a constant on
-    either side, chosen such that <a, grad a> = <b, grad b>: only their differences count.
+    0 at d = 0; equal positions are matched in the order of their indices; where cumulative weights of both sides
+    coincide, the weights' gradient is the mean of the two one-sided ones. Weights' gradients are defined up to a
+    constant on either side, chosen such that <a, grad a> = <b, grad b>: only their differences count.
 
     Args:
         u: positions, N along ``dim``: float32, float64, bfloat16 or float16. Sums are accumulated in float64.
