@@ -4,4 +4,6 @@
 #include <torch_divergence/modules/gan.h>
 #include <torch_divergence/modules/kl_div.h>
 #include <torch_divergence/modules/ppo.h>
+#include <torch_divergence/modules/sliced_wasserstein.h>
+#include <torch_divergence/modules/wasserstein_1d.h>
 #include <torch_divergence/modules/wgan.h>

@@ -2,9 +2,13 @@
 
 from torch_divergence.functional._common import Direction, Reduction, Space
 from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss, gan_generator_loss, gan_js_estimate
+from torch_divergence.functional._gaussian_wasserstein import gaussian_wasserstein
 from torch_divergence.functional._kl_div import kl_div
 from torch_divergence.functional._ppo import AdaptiveKLController, ppo_clip_loss, ppo_kl_penalty_loss
+from torch_divergence.functional._sliced_wasserstein import sliced_wasserstein
 from torch_divergence.functional._trust_region import TrustRegionResult, trust_region_step
+from torch_divergence.functional._wasserstein import wasserstein
+from torch_divergence.functional._wasserstein_1d import wasserstein_1d
 from torch_divergence.functional._wgan import gradient_penalty, wgan_critic_loss, wgan_generator_loss
 
 __all__ = [
@@ -17,11 +21,15 @@ __all__ = [
     "gan_discriminator_loss",
     "gan_generator_loss",
     "gan_js_estimate",
+    "gaussian_wasserstein",
     "gradient_penalty",
     "kl_div",
     "ppo_clip_loss",
     "ppo_kl_penalty_loss",
+    "sliced_wasserstein",
     "trust_region_step",
+    "wasserstein",
+    "wasserstein_1d",
     "wgan_critic_loss",
     "wgan_generator_loss",
 ]

@@ -3,6 +3,16 @@
 from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._kl_div import KLDivLoss
 from torch_divergence.modules._ppo import PPOClipLoss, PPOKLPenaltyLoss
+from torch_divergence.modules._sliced_wasserstein import SlicedWassersteinLoss
+from torch_divergence.modules._wasserstein_1d import Wasserstein1dLoss
 from torch_divergence.modules._wgan import WassersteinGANLoss
 
-__all__ = ["GANLoss", "KLDivLoss", "PPOClipLoss", "PPOKLPenaltyLoss", "WassersteinGANLoss"]
+__all__ = [
+    "GANLoss",
+    "KLDivLoss",
+    "PPOClipLoss",
+    "PPOKLPenaltyLoss",
+    "SlicedWassersteinLoss",
+    "Wasserstein1dLoss",
+    "WassersteinGANLoss",
+]
