@@ -7,8 +7,11 @@
 
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
+#include <torch_divergence/functional/fisher_vector_product.h>
 #include <torch_divergence/functional/gan.h>
+#include <torch_divergence/functional/gaussian_kl.h>
 #include <torch_divergence/functional/kl_div.h>
+#include <torch_divergence/functional/kl_estimate.h>
 #include <torch_divergence/functional/ppo.h>
 #include <torch_divergence/functional/trust_region.h>
 #include <torch_divergence/functional/wgan.h>

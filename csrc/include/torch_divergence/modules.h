@@ -2,6 +2,8 @@
 #pragma once
 
 #include <torch_divergence/modules/gan.h>
+#include <torch_divergence/modules/gaussian_kl.h>
 #include <torch_divergence/modules/kl_div.h>
+#include <torch_divergence/modules/kl_estimate.h>
 #include <torch_divergence/modules/ppo.h>
 #include <torch_divergence/modules/wgan.h>
