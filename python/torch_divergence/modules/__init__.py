@@ -1,8 +1,19 @@
 """The losses as modules: what does not change between batches is set once, at construction."""
 
 from torch_divergence.modules._gan import GANLoss
+from torch_divergence.modules._gaussian_kl import GaussianKLFullLoss, GaussianKLLoss
 from torch_divergence.modules._kl_div import KLDivLoss
+from torch_divergence.modules._kl_estimate import KLEstimateLoss
 from torch_divergence.modules._ppo import PPOClipLoss, PPOKLPenaltyLoss
 from torch_divergence.modules._wgan import WassersteinGANLoss
 
-__all__ = ["GANLoss", "KLDivLoss", "PPOClipLoss", "PPOKLPenaltyLoss", "WassersteinGANLoss"]
+__all__ = [
+    "GANLoss",
+    "GaussianKLFullLoss",
+    "GaussianKLLoss",
+    "KLDivLoss",
+    "KLEstimateLoss",
+    "PPOClipLoss",
+    "PPOKLPenaltyLoss",
+    "WassersteinGANLoss",
+]
