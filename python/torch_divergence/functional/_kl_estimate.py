@@ -39,7 +39,7 @@ def kl_estimate(
         log_p: the samples' log-densities under p, float32, float64, bfloat16 or float16, of any shape.
         log_q: under q, of the same shape.
         kind: see above.
-        gradient: ``"path"``, ``"kl"`` (with respect to p unbiased where the samples come from p as it is) or ``"none"``.
+        gradient: ``"path"``, ``"kl"`` (for p; unbiased where the samples come from the present p) or ``"none"``.
         max_log_ratio: r is clamped to [-max_log_ratio, max_log_ratio] before the exponential. A clamped row has no
             gradient. None does not clamp.
         importance_weight: multiplies each row, of the shape of ``log_p``: p(x) over the density that x was drawn from.
