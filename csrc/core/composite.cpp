@@ -5,6 +5,9 @@
 #include <ATen/ops/where.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+#include <limits>
+
 #include "core/gradient_buffer.h"
 
 namespace torch_divergence {
@@ -53,5 +56,33 @@ at::Tensor EntryReduction::operator()(const at::Tensor& losses) const {
 }
 
 at::Tensor softplus(const at::Tensor& x) { return -at::log_sigmoid(-x); }
+
+namespace {
+// x^2 sum_k c(k) x^k: each branch sees only its own arguments, or the other's infinities would come back as 0 inf.
+template <class Coefficient, class Plain>
+at::Tensor with_series(const at::Tensor& x, double below, int terms, const Coefficient& c, const Plain& plain) {
+  const auto small = x.abs() < below;
+  const auto t = at::where(small, x, 0), far = at::where(small, 1, x);
+  auto y = t * c(terms) + c(terms - 1);
+  for (int k = terms - 2; k >= 0; --k) y = y * t + c(k);
+  return at::where(small, t * t * y, plain(far));
+}
+}  // namespace
+
+at::Tensor expm1_minus(const at::Tensor& x) {
+  return with_series(
+      x, 0.5, 14, [](int k) { return 1 / std::tgamma(k + 3); },
+      [](const at::Tensor& t) {
+        const auto e = t.expm1();
+        return at::where(e == std::numeric_limits<double>::infinity(), e, e - t);
+      });
+}
+
+at::Tensor minus_log1p(const at::Tensor& x) {
+  // 0.25^26 is below the last bit of a double.
+  return with_series(
+      x, 0.25, 26, [](int k) { return (k % 2 != 0 ? -1.0 : 1.0) / (k + 2); },
+      [](const at::Tensor& t) { return t - t.log1p(); });
+}
 
 }  // namespace torch_divergence

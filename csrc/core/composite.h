@@ -34,4 +34,8 @@ class EntryReduction {
 // log(1 + e^x), good to the last digits for every x, twice differentiable.
 at::Tensor softplus(const at::Tensor& x);
 
+// e^x - 1 - x and x - log(1 + x): both >= 0, x^2/2 near 0, where they and their derivatives keep their digits.
+at::Tensor expm1_minus(const at::Tensor& x);
+at::Tensor minus_log1p(const at::Tensor& x);
+
 }  // namespace torch_divergence

@@ -11,6 +11,9 @@ from torch import Tensor
 ROW_WISE = (
     "_bures",
     "_bures_lyapunov",
+    "_fisher_vector_product",
+    "_gaussian_kl",
+    "_gaussian_kl_backward",
     "_kl_div",
     "_kl_div_backward",
     "_kl_div_double_backward",

@@ -7,12 +7,16 @@
 
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
+#include <torch_divergence/functional/fisher_vector_product.h>
 #include <torch_divergence/functional/gan.h>
+#include <torch_divergence/functional/gaussian_kl.h>
 #include <torch_divergence/functional/gaussian_wasserstein.h>
 #include <torch_divergence/functional/kl_div.h>
+#include <torch_divergence/functional/kl_estimate.h>
 #include <torch_divergence/functional/ppo.h>
 #include <torch_divergence/functional/sliced_wasserstein.h>
 #include <torch_divergence/functional/trust_region.h>
+#include <torch_divergence/functional/vae.h>
 #include <torch_divergence/functional/wasserstein.h>
 #include <torch_divergence/functional/wasserstein_1d.h>
 #include <torch_divergence/functional/wgan.h>
