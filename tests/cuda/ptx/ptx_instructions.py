@@ -149,6 +149,24 @@ FLOAT_OPS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+def _rounded_up(x: np.ndarray) -> np.ndarray:
+    """To single precision, and in _rounded_down likewise."""
+    y = x.astype(np.float32)
+    return np.where(y < x, np.nextafter(y, np.float32(np.inf)), y)
+
+
+def _rounded_down(x: np.ndarray) -> np.ndarray:
+    y = x.astype(np.float32)
+    return np.where(y > x, np.nextafter(y, np.float32(-np.inf)), y)
+
+
+DIRECTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "rm": _rounded_down,
+    "rp": _rounded_up,
+    "rz": lambda x: np.where(x > 0, _rounded_down(x), _rounded_up(x)),
+}
+
+
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Towards zero. Division by zero is not defined; all bits set is what hardware gives."""
     safe = np.where(b == 0, 1, b).astype(b.dtype)
@@ -471,7 +489,9 @@ def _set_predicate(kernel: Kernel, i: Instruction, dtype: np.dtype) -> Action:
 
 def _float_operation(kernel: Kernel, i: Instruction, dtype: np.dtype) -> Action:
     flags = set(i.modifiers)
-    if flags & {"rz", "rm", "rp", "xorsign", "relu"} or (dtype.itemsize == 2 and i.opcode not in ("neg", "abs")):
+    directed = next((DIRECTED[f] for f in i.modifiers if f in DIRECTED), None)
+    half = dtype.itemsize == 2 and i.opcode not in ("neg", "abs")
+    if flags & {"xorsign", "relu"} or half or (directed and dtype.itemsize != 4):
         raise PtxError(i.text)
     values = [reader(kernel, o, dtype) for o in i.operands[1:]]
     wide = np.float64
@@ -488,7 +508,8 @@ def _float_operation(kernel: Kernel, i: Instruction, dtype: np.dtype) -> Action:
         x = [v(m, threads) for v in values]
         if "ftz" in flags and dtype.itemsize == 4:
             x = [flush(v) for v in x]
-        result = np.asarray(operation(*(v.astype(wide) for v in x))).astype(dtype)
+        exact = np.asarray(operation(*(v.astype(wide) for v in x)))
+        result = directed(exact) if directed else exact.astype(dtype)
         if approximate:
             result = m.perturb(result)
         if "sat" in flags:

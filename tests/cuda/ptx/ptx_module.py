@@ -50,7 +50,7 @@ def parse(text: str) -> dict[str, Kernel]:
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
     text = re.sub(r"//[^\n]*|^\s*\.file[^\n]*", "", text, flags=re.M)
     text = re.sub(r"\.section\s+\S+\s*\{[^}]*\}", "", text)
-    text = re.sub(r"\.loc([^\n]*)", r".loc\1;", text)
+    text = re.sub(r"\.loc(\s[^\n]*)", r".loc\1;", text)
 
     kernels, outside, position = {}, [], 0
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)", text):
@@ -95,7 +95,7 @@ def _kernel(name: str, parameters: str, body: str, files: dict[str, str]) -> Ker
             statement = statement[m.end() :]
         if not statement or statement.startswith((".pragma", ".branchtargets")):
             continue
-        if statement.startswith(".loc"):
+        if statement.startswith(".loc "):
             at = _place(statement, files)
         elif statement.startswith("."):
             _declaration(kernel, statement)
