@@ -1,33 +1,49 @@
-// Stands in for libcudart under an object that nvcc compiled: nvcc's own <<<>>> stubs register their kernels and launch
-// them here, and every launch goes to a callback. So the host code that runs is nvcc's too.
+// Stands in for libcudart, for libc10_cuda and for the emulator under objects that nvcc compiled: nvcc's own <<<>>>
+// stubs register their kernels and launch them here, and every launch goes to Python. So the host code that runs is
+// nvcc's too, and the emulator's tests run unchanged: they know the device by simt::Buffer and by launches that throw.
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <stdexcept>
 #include <string>
 
-struct dim3 {
-  unsigned x, y, z;
-};
-
-using Callback = int (*)(const char* kernel, const unsigned* grid_and_block, size_t dynamic_shared, void** arguments);
+#include "simt.h"
 
 namespace {
-Callback callback;
-int last_error;
+
+// Python's side. A launch returns what was found in it, or "".
+struct Device {
+  const char* (*launch)(const char* kernel, const unsigned* grid_and_block, size_t dynamic_shared, void** arguments,
+                        int64_t first_block);
+  void (*add_buffer)(uint64_t address, uint64_t bytes, const char* name, bool initialised);
+  void (*remove_buffer)(uint64_t address);
+};
+Device device;
+
 struct {
   dim3 grid, block;
   size_t dynamic_shared;
   void* stream;
 } configuration;
+std::string findings;  // of the last launch
+
 std::map<const void*, std::string>& kernel_names() {
   static std::map<const void*, std::string> names;  // filled by static initialisers
   return names;
 }
-constexpr int kErrorUnknown = 999;
+
 }  // namespace
 
+namespace simt {
+Options options;
+Buffer::Buffer(const void* data, size_t bytes, const char* name, bool initialised) : data_(data) {
+  device.add_buffer(reinterpret_cast<uint64_t>(data), bytes, name, initialised);
+}
+Buffer::~Buffer() { device.remove_buffer(reinterpret_cast<uint64_t>(data_)); }
+}  // namespace simt
+
 extern "C" {
-void fake_cudart_set_callback(Callback c) { callback = c; }
+void fake_cudart_connect(const Device* d) { device = *d; }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
@@ -37,9 +53,8 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*,
-                            int*) {
-  kernel_names()[host] = device;
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+  kernel_names()[host] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t dynamic_shared, void* stream) {
   configuration = {grid, block, dynamic_shared, stream};
@@ -56,18 +71,20 @@ int __cudaGetKernel(const void** kernel, const void* host) {
 }
 int __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t dynamic_shared, void*) {
   const unsigned dims[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  last_error =
-      callback != nullptr ? callback(kernel_names()[kernel].c_str(), dims, dynamic_shared, arguments) : kErrorUnknown;
-  return last_error;
+  findings = device.launch(kernel_names()[kernel].c_str(), dims, dynamic_shared, arguments, simt::options.first_block);
+  return findings.empty() ? 0 : 1;
 }
-int cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t dynamic_shared, void* stream) {
-  return __cudaLaunchKernel(kernel, grid, block, arguments, dynamic_shared, stream);
+int cudaGetLastError() { return findings.empty() ? 0 : 1; }
 }
-int cudaPeekAtLastError() { return last_error; }
-int cudaGetLastError() {
-  const int error = last_error;
-  last_error = 0;
-  return error;
+
+// What C10_CUDA_KERNEL_LAUNCH_CHECK() calls.
+namespace c10::cuda {
+class CUDAErrorLogCapture {
+ public:
+  CUDAErrorLogCapture() noexcept;
+};
+CUDAErrorLogCapture::CUDAErrorLogCapture() noexcept = default;
+void c10_cuda_check_implementation(int error, const char*, const char*, unsigned, bool, CUDAErrorLogCapture*) {
+  if (error != 0) throw std::runtime_error(findings);
 }
-const char* cudaGetErrorString(int error) { return error == 0 ? "no error" : "launch refused, see the findings"; }
-}
+}  // namespace c10::cuda
