@@ -268,6 +268,7 @@ class RowTask {
     rows_ = grid.rows;
   }
   __device__ bool valid() const { return row < rows_; }
+  __device__ bool first_launch() const { return launch_ == 0; }
   // The thread that writes what there is one of a row.
   __device__ bool writes() const { return team.rank == 0 && segment_ == 0; }
 
@@ -289,6 +290,7 @@ class RowTask {
       if (team.rank == 0) whole.store(slot(number, segment_));
       return false;
     }
+    if (launch_ < number) return false;  // a reduction before this one is not needed: its launch has nothing to do
     Whole mine{};
     if (team.rank < segments_) mine = Whole::load(slot(number, team.rank));
     whole = merged(mine);

@@ -4,6 +4,8 @@
 // guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
 // Everything else, and the double backward: the plain formulas. All arithmetic on classes is in float (double for
 // double), with compensated sums; only what a team's threads leave is merged in double.
+#include <c10/util/Exception.h>
+
 #include <limits>
 
 #include "core/cuda_launch.cuh"
@@ -248,6 +250,7 @@ __global__ void __launch_bounds__(kThreads)
   const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
   const double coefficient = k.coefficient[task.row];
   if (coefficient == 0) {
+    if (!task.first_launch()) return;
     store_zeros<TP, A, K>(task, grad_p, pieces);
     store_zeros<TQ, A, K>(task, grad_q, pieces);
     return;
@@ -343,16 +346,23 @@ __device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
   return {top[0], sum[0]};
 }
 
-struct Pair {
-  double a = 0, b = 0;
+template <int N>
+struct Sums {
+  double x[N] = {};
 
-  __device__ static Pair load(const double* x) { return {x[0], x[1]}; }
-  __device__ void store(double* x) const { x[0] = a, x[1] = b; }
+  __device__ static Sums load(const double* from) {
+    Sums sums;
+    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
+    return sums;
+  }
+  __device__ void store(double* to) const {
+    for (int n = 0; n < N; ++n) to[n] = x[n];
+  }
 };
-__device__ Pair merged(const Team& team, const Pair& part) {
-  double x[2] = {part.a, part.b};
-  team.sum(x);
-  return {x[0], x[1]};
+template <int N>
+__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
+  team.sum(sums.x);
+  return sums;
 }
 
 // One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
@@ -476,7 +486,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
         q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
-    Pair sums;
+    Sums<2> sums;
     const auto part = [&] {
       Sum<A> kl, mass;
       task.for_pieces<K>(pieces, [&](int64_t piece) {
@@ -489,10 +499,10 @@ __global__ void __launch_bounds__(kThreads)
         });
         kl.add(kl_part), mass.add(mass_part);
       });
-      return Pair{kl.value(), mass.value()};
+      return Sums<2>{{kl.value(), mass.value()}};
     };
-    if (!task.reduce(1, sums, part, [&](const Pair& x) { return merged(task.team, x); })) return;
-    stat.kl = sums.a, stat.mean = sums.b;
+    if (!task.reduce(1, sums, part, [&](const Sums<2>& x) { return merged(task.team, x); })) return;
+    stat.kl = sums.x[0], stat.mean = sums.x[1];
   }
   if (task.writes()) store_row(k, task.row, weight, stat);
 }
@@ -557,6 +567,7 @@ __global__ void __launch_bounds__(kThreads)
   const A kl = static_cast<A>(stat.kl), inv_t = static_cast<A>(inv),
           mass = both_logits ? A(1) : static_cast<A>(stat.mean);
 
+  A off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
   // f(p, q, l, l - KL, v_p, v_q, k) for the classes of a piece.
   const auto for_classes = [&](int64_t piece, const auto& f) {
     A t[K], s[K], a[K] = {}, b[K] = {};
@@ -572,25 +583,27 @@ __global__ void __launch_bounds__(kThreads)
       q_side.read(s[i], y, log_y);
       // From logits l - KL = u, from the exact difference.
       const A l = log_ratio(both_probs, x, y, log_x, log_y),
-              u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t : l - kl;
+              u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
       f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i);
     }
   };
-  Pair means, dots;
+  Sums<3> means;
   const auto part_means = [&] {
-    Sum<A> mean_p, mean_q;
+    Sum<A> mean_p, mean_q, mean_u;
     task.for_pieces<K>(pieces, [&](int64_t piece) {
-      A part_p = 0, part_q = 0;
-      for_classes(piece, [&](A p, A q, A, A, A a, A b, int) {
+      A part_p = 0, part_q = 0, part_u = 0;
+      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int) {
         part_p += p_side.space == kProbs ? a : p * a;
         part_q += q_side.space == kProbs ? b : q * b;
+        part_u += p == 0 ? 0 : p * u;
       });
-      mean_p.add(part_p), mean_q.add(part_q);
+      mean_p.add(part_p), mean_q.add(part_q), mean_u.add(part_u);
     });
-    return Pair{mean_p.value(), mean_q.value()};
+    return Sums<3>{{mean_p.value(), mean_q.value(), mean_u.value()}};
   };
-  const auto of_pair = [&](const Pair& x) { return merged(task.team, x); };
-  if (!task.reduce(0, means, part_means, of_pair)) return;
+  if (!task.reduce(0, means, part_means, [&](const auto& x) { return merged(task.team, x); })) return;
+  if (both_logits && !infinite) off_centre = static_cast<A>(means.x[2]);
+  Sums<2> dots;
   const auto part_dots = [&] {
     Sum<A> dot_p, dot_q;
     task.for_pieces<K>(pieces, [&](int64_t piece) {
@@ -603,18 +616,18 @@ __global__ void __launch_bounds__(kThreads)
       });
       dot_p.add(part_p), dot_q.add(part_q);
     });
-    return Pair{dot_p.value(), dot_q.value()};
+    return Sums<2>{{dot_p.value(), dot_q.value()}};
   };
-  if (!task.reduce(1, dots, part_dots, of_pair)) return;
-  if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = dots.a + dots.b;
+  if (!task.reduce(1, dots, part_dots, [&](const auto& x) { return merged(task.team, x); })) return;
+  if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = dots.x[0] + dots.x[1];
   if (coefficient == 0) {
     store_zeros<T, A, K>(task, d_p, pieces);
     store_zeros<T, A, K>(task, d_q, pieces);
     return;
   }
   if (d_p.data == nullptr && d_q.data == nullptr) return;
-  const A c = static_cast<A>(coefficient), mean_p = static_cast<A>(means.a), mean_q = static_cast<A>(means.b),
-          kl_dot = static_cast<A>(dots.a + dots.b), mass_dot = p_side.space == kLogits ? A(0) : mean_p;
+  const A c = static_cast<A>(coefficient), mean_p = static_cast<A>(means.x[0]), mean_q = static_cast<A>(means.x[1]),
+          kl_dot = static_cast<A>(dots.x[0] + dots.x[1]), mass_dot = p_side.space == kLogits ? A(0) : mean_p;
   task.for_pieces<K>(pieces, [&](int64_t piece) {
     A h_p[K], h_q[K];
     for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i) {
@@ -650,12 +663,12 @@ constexpr int kReductions = 2;
 
 template <class Call>
 void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, int64_t rows, double* workspace,
-                 Stream stream) {
+                 Stream stream, int reductions = kReductions) {
   if (rows == 0) return;
   const RowGrid grid(rows, call.rows.classes);
   const int64_t blocks = grid.blocks();
   TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "torch_divergence: ", rows, " rows are more than CUDA's grid");
-  const int launches = grid.segments == 1 ? 1 : kReductions + 1;
+  const int launches = grid.segments == 1 ? 1 : reductions + 1;
   for (int launch = 0; launch < launches; ++launch)
     TD_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, call, grid, workspace, launch);
 }
@@ -686,7 +699,7 @@ void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stre
 void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return launch_rows(k.rows.p.dtype == DType::Double ? &backward_any<double> : &backward_any<AnyFloat>, k, rows,
-                       workspace, stream);
+                       workspace, stream, 0);
   dispatch_types(k.rows,
                  [&]<class TP, class TQ>() { launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream); });
 }
