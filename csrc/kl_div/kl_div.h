@@ -36,8 +36,9 @@
 #include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/exact_sum.h"
 #include "core/host_device.h"
-#include "core/rows.h"
+#include "core/row_pair.h"
 
 struct CUstream_st;
 
@@ -83,11 +84,10 @@ struct KlDivStat {
   TD_HOST_DEVICE static KlDivStat load(const double* x) { return {x[0], x[1], x[2], x[3], x[4]}; }
   TD_HOST_DEVICE void store(double* x) const { x[0] = lse_p, x[1] = lse_q, x[2] = mean, x[3] = mean_lo, x[4] = kl; }
 
-  // mean + mean_lo = hi + lo, exactly (Knuth)
+  // mean + mean_lo = hi + lo, exactly
   TD_HOST_DEVICE void set_mean(double hi, double lo) {
-    mean = hi + lo;
-    const double back = mean - hi;
-    mean_lo = (hi - (mean - back)) + (lo - back);
+    const ExactSum s = two_sum(hi, lo);
+    mean = s.sum, mean_lo = s.error;
   }
 };
 
@@ -131,8 +131,8 @@ struct KlDivScan {
     const double lse_p = max_p + t * log_p, lse_q = max_q + t * log_q;
     if (infinite) return {lse_p, lse_q, 0, 0, std::numeric_limits<double>::infinity()};
     KlDivStat stat{lse_p, lse_q, 0, 0, mean - log_p + log_q};
-    const double d = max_p - max_q, back = d - max_p;
-    stat.set_mean(d, ((max_p - (d - back)) - (max_q + back)) + t * mean);
+    const ExactSum d = two_sum(max_p, -max_q);
+    stat.set_mean(d.sum, d.error + t * mean);
     return stat;
   }
 };
@@ -241,51 +241,10 @@ struct KlDivVisit {
   }
 };
 
-// One call of a kernel on rows [begin, end). Outputs are contiguous per row index unless they have a layout.
-struct KlDivRows {
-  RowsIn p, q;
-  int p_space = kLogits, q_space = kLogits;
-  int64_t classes = 0;
-  double temperature = 1;
-
-  TD_HOST_DEVICE bool from_logits() const { return p_space == kLogits && q_space == kLogits; }
-};
-
-// loss[i] = weight[i] KL_i (float, or double if loss_is_double) and stat[kSize i ...]. weight may be null; a row of
-// weight 0 is not read: loss 0, stat 0.
-struct KlDivForward {
-  KlDivRows rows;
-  const double* weight;
-  void* loss;
-  bool loss_is_double;
-  double* stat;
-};
-// grad_p = coefficient[i] dKL_i/dp and grad_q likewise, where wanted. A row whose coefficient is 0 is not read: zeros.
-struct KlDivBackward {
-  KlDivRows rows;
-  const double* coefficient;
-  const double* stat;
-  RowsOut grad_p, grad_q;
-};
-// Forward and one gradient in a row's one visit to memory. grad may be the storage of its own side. Not for half types.
-struct KlDivValueAndGrad {
-  KlDivRows rows;
-  const double* weight;  // may be null: 1
-  double scale;          // gradient = scale weight[i] dKL_i
-  double* stat;
-  bool wrt_q;
-  RowsOut grad;
-};
-// Along (v_p, v_q), either of which may be absent: d_coefficient[i] = <v, gradient of KL_i>,
-// d_p, d_q = coefficient[i] (Hessian of KL_i) v.
-struct KlDivDoubleBackward {
-  KlDivRows rows;
-  RowsIn v_p, v_q;  // data null: 0
-  const double* coefficient;
-  const double* stat;
-  double* d_coefficient;  // may be null
-  RowsOut d_p, d_q;
-};
+using KlDivForward = RowPairForward<RowPair>;
+using KlDivBackward = RowPairBackward<RowPair>;
+using KlDivValueAndGrad = RowPairValueAndGrad<RowPair>;
+using KlDivDoubleBackward = RowPairDoubleBackward<RowPair>;
 
 // On CUDA: all rows, on a stream (cudaStream_t). workspace: of as many doubles as kl_div_workspace() says, on the same
 // device. A weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.

@@ -331,10 +331,8 @@ struct Lse {
       lse = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    const double log_sum = t * std::log(sum);
-    lse = max + log_sum;
-    const double back = lse - max;
-    lse_lo = (max - (lse - back)) + (log_sum - back);
+    const ExactSum exact = two_sum(max, t * std::log(sum));
+    lse = exact.sum, lse_lo = exact.error;
   }
 };
 __device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
@@ -675,7 +673,7 @@ void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, 
 
 // f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it runs.
 template <class F>
-void dispatch_types(const KlDivRows& rows, const F& f) {
+void dispatch_types(const RowPair& rows, const F& f) {
   const DType type = rows.p.dtype;
   if (type == DType::Double) return f.template operator()<double, double>();
   if (type != rows.q.dtype) return f.template operator()<AnyFloat, AnyFloat>();

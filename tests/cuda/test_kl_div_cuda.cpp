@@ -317,7 +317,7 @@ class Problem {
     }
   }
 
-  td::KlDivRows rows() const {
+  td::RowPair rows() const {
     const bool any_logits = p_space_ == td::kLogits || q_space_ == td::kLogits;
     return {p.in(), q.in(), p_space_, q_space_, c_.classes, any_logits ? c_.temperature : 1};
   }
@@ -394,7 +394,7 @@ void check_all(const Case& c, const Problem& in) {
   Memory loss(real, n, "loss", false), stat(DType::Double, n * td::KlDivStat::kSize, "stat", false);
   Memory workspace(DType::Double, td::cuda::kl_div_workspace(n, v), "workspace", false);
   Memory d_coefficient(DType::Double, n, "d_coefficient", false);
-  const td::KlDivRows rows = in.rows();
+  const td::RowPair rows = in.rows();
   td::cuda::kl_div_forward({rows, in.weight.data<double>(), loss.data(), in.is_double(), stat.data<double>()}, n,
                            workspace.data<double>(), nullptr);
   const auto backward = [&](const Rows* grad_p, const Rows* grad_q) {
@@ -557,7 +557,7 @@ TEST(KlDivCudaHuge, OffsetsBeyond32Bits) {
   for (int64_t j = 0; j < classes; ++j) p[at(j)] = static_cast<float>(j % 11), q[at(j)] = static_cast<float>(j % 7);
   td::RowLayout layout;
   layout.dims = 1, layout.sizes[0] = rows, layout.strides[0] = classes;
-  const td::KlDivRows in{{p, DType::Float, layout}, {q, DType::Float, layout}, td::kLogits, td::kLogits, classes, 1};
+  const td::RowPair in{{p, DType::Float, layout}, {q, DType::Float, layout}, td::kLogits, td::kLogits, classes, 1};
   std::vector<double> stat(static_cast<size_t>(rows * td::KlDivStat::kSize)), coefficient(static_cast<size_t>(rows), 1);
   std::vector<float> loss(static_cast<size_t>(rows));
   simt::options = {};
