@@ -566,7 +566,7 @@ __global__ void __launch_bounds__(kThreads)
           mass = both_logits ? A(1) : static_cast<A>(stat.mean);
 
   A off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
-  // f(p, q, l, l - KL, v_p, v_q, k) for the classes of a piece.
+  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
   const auto for_classes = [&](int64_t piece, const auto& f) {
     A t[K], s[K], a[K] = {}, b[K] = {};
     load_piece<T>(rows.p, pieces, piece, p_side.padding, t);
@@ -582,7 +582,7 @@ __global__ void __launch_bounds__(kThreads)
       // From logits l - KL = u, from the exact difference.
       const A l = log_ratio(both_probs, x, y, log_x, log_y),
               u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
-      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i);
+      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<A>);
     }
   };
   Sums<3> means;
@@ -590,7 +590,7 @@ __global__ void __launch_bounds__(kThreads)
     Sum<A> mean_p, mean_q, mean_u;
     task.for_pieces<K>(pieces, [&](int64_t piece) {
       A part_p = 0, part_q = 0, part_u = 0;
-      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int) {
+      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int, bool) {
         part_p += p_side.space == kProbs ? a : p * a;
         part_q += q_side.space == kProbs ? b : q * b;
         part_u += p == 0 ? 0 : p * u;
@@ -606,7 +606,7 @@ __global__ void __launch_bounds__(kThreads)
     Sum<A> dot_p, dot_q;
     task.for_pieces<K>(pieces, [&](int64_t piece) {
       A part_p = 0, part_q = 0;
-      for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int) {
+      for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int, bool) {
         A g_q = gradient_q(q_side, mass, p, q);
         if (both_logits && std::fabs(l) < A(0.5)) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
         part_p += a == 0 ? 0 : a * gradient_p(p_side, infinite, p, l, u);
@@ -628,12 +628,12 @@ __global__ void __launch_bounds__(kThreads)
           kl_dot = static_cast<A>(dots.x[0] + dots.x[1]), mass_dot = p_side.space == kLogits ? A(0) : mean_p;
   task.for_pieces<K>(pieces, [&](int64_t piece) {
     A h_p[K], h_q[K];
-    for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i) {
+    for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i, bool none_q) {
       A log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
       if (p == 0) log_p_dot = 0;
       const A p_dot = p_side.space == kProbs ? a : p * log_p_dot;
       A log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
-      if (q == 0) log_q_dot = 0;
+      if (none_q) log_q_dot = 0;
       const A l_dot = log_p_dot - log_q_dot;
       if (p == 0 || (p_side.space == kLogits && infinite)) {
         h_p[i] = 0;
@@ -647,7 +647,7 @@ __global__ void __launch_bounds__(kThreads)
       } else if (q_side.space == kLogProbs) {
         h_q[i] = c * -p_dot;
       } else {
-        h_q[i] = q == 0 ? c * A(0) : c * ((p * log_q_dot - p_dot) / q);
+        h_q[i] = none_q ? c * A(0) : c * ((p * log_q_dot - p_dot) / q);
       }
     });
     if (d_p.data != nullptr) store_piece<T>(d_p, pieces, piece, h_p);

