@@ -128,7 +128,7 @@ sanitize: $(STAMPS)/venv
 	ctest --test-dir build-sanitize --output-on-failure --no-tests=error -j $(JOBS)
 	$(call say,Python tests with sanitizers)
 	rm -rf build-sanitize/site && mkdir -p build-sanitize/site/torch_divergence
-	cp $(PACKAGE)/*.py build-sanitize/site/torch_divergence
+	cp -r $(PACKAGE)/*.py $(PACKAGE)/functional $(PACKAGE)/modules build-sanitize/site/torch_divergence
 	cmake --install build-sanitize --prefix build-sanitize/site/torch_divergence > build-sanitize/install.log
 	cmake --install build-sanitize --prefix build-sanitize/site/torch_divergence --component python >> build-sanitize/install.log
 	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \

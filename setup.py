@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 setup(
     version=project_version(),
-    packages=["torch_divergence"],
+    packages=["torch_divergence", "torch_divergence.functional", "torch_divergence.modules"],
     package_dir={"": "python"},
     package_data={"torch_divergence": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("torch_divergence._C", sources=[])],

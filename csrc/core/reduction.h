@@ -18,6 +18,8 @@ class RowReduction {
   bool reduces() const { return kind_ != Kind::None; }
   // One weight a row, of the loss's dtype, or nothing.
   const std::optional<at::Tensor>& weight() const { return weight_; }
+  // What replaces the denominator of "mean", or nothing.
+  const std::optional<at::Tensor>& normalizer() const { return normalizer_; }
   // What multiplies the sum of weighted rows. Reads tensors: only where they hold values.
   double scale() const;
   // Rows already multiplied by their weight -> the loss.
@@ -31,7 +33,8 @@ class RowReduction {
   std::optional<at::Tensor> normalizer_;
 };
 
-// The weights as doubles in row order, checked: finite and not negative. Null for none.
+// The weights as doubles in row order, checked: finite and not negative. Null for none. On other devices than the CPU
+// they are not looked at; the kernels make the loss of a row with a bad weight NaN.
 at::Tensor checked_weight(const char* name, const std::optional<at::Tensor>& weight);
 
 }  // namespace torch_divergence

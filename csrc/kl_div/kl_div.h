@@ -36,8 +36,11 @@
 #include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/exact_sum.h"
 #include "core/host_device.h"
-#include "core/rows.h"
+#include "core/row_pair.h"
+
+struct CUstream_st;
 
 namespace torch_divergence {
 
@@ -81,11 +84,10 @@ struct KlDivStat {
   TD_HOST_DEVICE static KlDivStat load(const double* x) { return {x[0], x[1], x[2], x[3], x[4]}; }
   TD_HOST_DEVICE void store(double* x) const { x[0] = lse_p, x[1] = lse_q, x[2] = mean, x[3] = mean_lo, x[4] = kl; }
 
-  // mean + mean_lo = hi + lo, exactly (Knuth)
+  // mean + mean_lo = hi + lo, exactly
   TD_HOST_DEVICE void set_mean(double hi, double lo) {
-    mean = hi + lo;
-    const double back = mean - hi;
-    mean_lo = (hi - (mean - back)) + (lo - back);
+    const ExactSum s = two_sum(hi, lo);
+    mean = s.sum, mean_lo = s.error;
   }
 };
 
@@ -129,8 +131,8 @@ struct KlDivScan {
     const double lse_p = max_p + t * log_p, lse_q = max_q + t * log_q;
     if (infinite) return {lse_p, lse_q, 0, 0, std::numeric_limits<double>::infinity()};
     KlDivStat stat{lse_p, lse_q, 0, 0, mean - log_p + log_q};
-    const double d = max_p - max_q, back = d - max_p;
-    stat.set_mean(d, ((max_p - (d - back)) - (max_q + back)) + t * mean);
+    const ExactSum d = two_sum(max_p, -max_q);
+    stat.set_mean(d.sum, d.error + t * mean);
     return stat;
   }
 };
@@ -191,51 +193,68 @@ struct KlDivGuess {
   }
 };
 
-// One call of a kernel on rows [begin, end). Outputs are contiguous per row index unless they have a layout.
-struct KlDivRows {
-  RowsIn p, q;
-  int p_space = kLogits, q_space = kLogits;
-  int64_t classes = 0;
-  double temperature = 1;
+// Both forms in one visit, around a centre guessed before: u = (t - s - centre)/T. What the threads of a GPU hold, in R
+// with sums S, and what they are merged to, in double: raise() all to the largest maxima, then add the sums.
+template <class R, class S = R>
+struct KlDivVisit {
+  R max_p = -std::numeric_limits<R>::infinity();
+  R max_q = -std::numeric_limits<R>::infinity();
+  S sum_p{};  // sum e^((t - max_p)/T)
+  S sum_q{};
+  S shift{};  // sum e^((t - max_p)/T) u
+  S phi{};    // and times phi(u); once there is a p > 0, a class of p = 0 adds its share of q
+  bool infinite = false;
 
-  TD_HOST_DEVICE bool from_logits() const { return p_space == kLogits && q_space == kLogits; }
+  // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near.
+  TD_HOST_DEVICE R q_to_p(double centre, double inv_t) const {
+    const double x = (static_cast<double>(max_q) - static_cast<double>(max_p) + centre) * inv_t;
+    return std::exp(static_cast<R>(x < 80 ? x : 80));
+  }
+  // Moves the maxima up to at least (p, q).
+  TD_HOST_DEVICE void raise(R p, R q, double centre, double inv_t) {
+    constexpr R kNone = -std::numeric_limits<R>::infinity();
+    if (q > max_q) {
+      sum_q *= max_q == kNone ? R(0) : std::exp((max_q - q) * static_cast<R>(inv_t));
+      max_q = q;
+    }
+    if (p > max_p) {
+      const bool first = max_p == kNone;
+      const R f = first ? R(0) : std::exp((max_p - p) * static_cast<R>(inv_t));
+      sum_p *= f, shift *= f, phi *= f;
+      max_p = p;
+      if (first) {
+        phi = sum_q;
+        phi *= q_to_p(centre, inv_t);
+      }
+    }
+  }
+  // False where the row is near, but the centre further off than u is wide: visit it again around stat.mean.
+  TD_HOST_DEVICE bool finish(double centre, double centre_lo, double t, KlDivStat& stat) const {
+    const double d = static_cast<double>(max_p) - static_cast<double>(max_q);
+    const KlDivScan scan{max_p, max_q, sum_p, sum_q, shift + sum_p * (((centre - d) + centre_lo) / t), infinite};
+    stat = scan.finish(t);
+    if (!(stat.kl < kKlNear)) return true;
+    const KlDivCentred centred{shift / sum_p, phi / sum_p};
+    stat.set_mean(centre, centre_lo);
+    centred.finish(stat, t);
+    return centred.shift * centred.shift <= 4 * stat.kl;
+  }
 };
 
-// loss[i] = weight[i] KL_i (float, or double if loss_is_double) and stat[kSize i ...]. weight may be null; a row of
-// weight 0 is not read: loss 0, stat 0.
-struct KlDivForward {
-  KlDivRows rows;
-  const double* weight;
-  void* loss;
-  bool loss_is_double;
-  double* stat;
-};
-// grad_p = coefficient[i] dKL_i/dp and grad_q likewise, where wanted. A row whose coefficient is 0 is not read: zeros.
-struct KlDivBackward {
-  KlDivRows rows;
-  const double* coefficient;
-  const double* stat;
-  RowsOut grad_p, grad_q;
-};
-// Forward and one gradient in a row's one visit to memory. grad may be the storage of its own side. Not for half types.
-struct KlDivValueAndGrad {
-  KlDivRows rows;
-  const double* weight;  // may be null: 1
-  double scale;          // gradient = scale weight[i] dKL_i
-  double* stat;
-  bool wrt_q;
-  RowsOut grad;
-};
-// Along (v_p, v_q), either of which may be absent: d_coefficient[i] = <v, gradient of KL_i>,
-// d_p, d_q = coefficient[i] (Hessian of KL_i) v.
-struct KlDivDoubleBackward {
-  KlDivRows rows;
-  RowsIn v_p, v_q;  // data null: 0
-  const double* coefficient;
-  const double* stat;
-  double* d_coefficient;  // may be null
-  RowsOut d_p, d_q;
-};
+using KlDivForward = RowPairForward<RowPair>;
+using KlDivBackward = RowPairBackward<RowPair>;
+using KlDivValueAndGrad = RowPairValueAndGrad<RowPair>;
+using KlDivDoubleBackward = RowPairDoubleBackward<RowPair>;
+
+// On CUDA: all rows, on a stream (cudaStream_t). workspace: of as many doubles as kl_div_workspace() says, on the same
+// device. A weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.
+namespace cuda {
+using Stream = CUstream_st*;
+int64_t kl_div_workspace(int64_t rows, int64_t classes);
+void kl_div_forward(const KlDivForward&, int64_t rows, double* workspace, Stream);
+void kl_div_backward(const KlDivBackward&, int64_t rows, double* workspace, Stream);
+void kl_div_double_backward(const KlDivDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(kl_div_forward, (const KlDivForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(kl_div_backward, (const KlDivBackward&, int64_t begin, int64_t end, ForEach columns))

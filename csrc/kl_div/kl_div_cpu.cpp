@@ -9,68 +9,10 @@
 #include <limits>
 #include <memory>
 
-#include "core/row_tiles.h"
-#include "core/vec_math.h"
+#include "core/row_kernels.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
-
-// A chunk of both rows stays in the first-level cache between the search for its maximum and its exponentials.
-constexpr int64_t kChunk = 2048;
-// How much is summed in A before it goes to a sum in double: logits in bfloat16 take few values, and adding the same
-// one again and again rounds the same way each time.
-constexpr int64_t kBlock = 512;
-// Where a row is split over threads: fixed, so that the result does not depend on how many there are.
-constexpr int64_t kSegment = 8 * kChunk;
-
-// Calls f(first, last, index) for each segment of a row's columns, through `columns` if the row is split.
-template <class F>
-TD_INLINE void for_segments(int64_t classes, ForEach columns, const F& f) {
-  if (columns == nullptr) {
-    f(int64_t{0}, classes, int64_t{0});
-    return;
-  }
-  struct Context {
-    const F& f;
-    int64_t classes;
-  } context{f, classes};
-  columns((classes + kSegment - 1) / kSegment, &context, [](void* c, int64_t i) {
-    const auto& self = *static_cast<Context*>(c);
-    self.f(i * kSegment, std::min(self.classes, (i + 1) * kSegment), i);
-  });
-}
-TD_INLINE int64_t segment_count(int64_t classes, ForEach columns) {
-  return columns == nullptr ? 1 : (classes + kSegment - 1) / kSegment;
-}
-
-// x + rest as a pair of A, to twice A's precision.
-template <class A>
-struct Split {
-  Vec<A> hi, lo;
-  TD_INLINE explicit Split(double x, double rest = 0)
-      : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
-};
-// e^((x - c)/T). What c has beyond A's precision becomes a factor: subtracted, it would be rounded away where x is far
-// from c, and away in one direction for a whole row.
-template <class A>
-struct ExpFrom {
-  Vec<A> base, factor, inv_t;
-  TD_INLINE ExpFrom(double c, double inv_t_) : ExpFrom(static_cast<A>(c), c, inv_t_) {}
-  TD_INLINE Vec<A> operator()(Vec<A> x) const { return exp_of((x - base) * inv_t) * factor; }
-
- private:
-  TD_INLINE ExpFrom(A near, double c, double inv_t_)
-      : base(near),
-        factor(static_cast<A>(std::exp((static_cast<double>(near) - c) * inv_t_))),
-        inv_t(static_cast<A>(inv_t_)) {}
-};
-// t - s - c, rounded once relative to itself: Knuth's error-free difference keeps what t - s rounds off.
-template <class A>
-TD_INLINE Vec<A> difference_minus(Vec<A> t, Vec<A> s, const Split<A>& c) {
-  const Vec<A> d = t - s, back = t - d;
-  const Vec<A> error = (t - (d + back)) + (back - s);
-  return (d - c.hi) + (error - c.lo);
-}
 
 template <class A>
 TD_INLINE Vec<A> phi_small(Vec<A> u) {
@@ -83,30 +25,7 @@ TD_INLINE Vec<A> is_small(Vec<A> u) {
   return u.abs() < Vec<A>(A(0.5));
 }
 
-void store_loss(const KlDivForward& k, int64_t row, double loss) {
-  if (k.loss_is_double) {
-    static_cast<double*>(k.loss)[row] = loss;
-  } else {
-    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
-  }
-}
-
 // -- Both sides in logits -------------------------------------------------------------------------------------------
-
-template <class A, class T>
-TD_INLINE double max_of_row(const T* x, int64_t n) {
-  Vec<A> m0(-kInf<A>), m1 = m0, m2 = m0, m3 = m0;
-  constexpr int64_t kStep = kLanes<A>;
-  int64_t i = 0;
-  for (; i + 4 * kStep <= n; i += 4 * kStep) {
-    m0 = max_of(load<A>(x + i), m0), m1 = max_of(load<A>(x + i + kStep), m1);
-    m2 = max_of(load<A>(x + i + 2 * kStep), m2), m3 = max_of(load<A>(x + i + 3 * kStep), m3);
-  }
-  for_lanes<A>(
-      n - i, [&](int64_t j, auto count)
-                 __attribute__((always_inline)) { m0 = max_of(load_lanes<A>(x + i + j, count, -kInf<A>), m0); });
-  return static_cast<double>(max_lane(max_of(max_of(m0, m1), max_of(m2, m3))));
-}
 
 // Exponentials kept for the gradient: e^((t - max)/T) with the maximum so far of each chunk.
 template <class A>
@@ -116,9 +35,6 @@ struct Kept {
   double* max_p = nullptr;
   double* max_q = nullptr;
 };
-
-// A maximum that is still -inf (no class seen) must not be subtracted from -inf.
-TD_INLINE double finite_or_zero(double max) { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
 
 // Sums of one chunk against the scan's maxima. kMasked: any value may be there, -inf and NaN included. Not kMasked: the
 // caller hopes for numbers within 1e5 T of the maximum, and finds a sum that is not finite where there is something
@@ -166,11 +82,6 @@ KlDivScan scan_columns(const TP* p, const TQ* q, int64_t first, int64_t last, do
     kept.max_p[c / kChunk] = scan.max_p, kept.max_q[c / kChunk] = scan.max_q;
   }
   return scan;
-}
-
-// e^((max - lse)/T): turns a kept exponential into a probability.
-TD_INLINE double kept_factor(double max, double lse, double inv_t) {
-  return max == -std::numeric_limits<double>::infinity() && !std::isnan(lse) ? 0 : std::exp((max - lse) * inv_t);
 }
 
 // p u, p phi(u) and p expm1(-u) of some classes, for a p in any unit; grown(s) = p e^-u in that unit, from s alone.
@@ -272,32 +183,6 @@ KlDivGuess guess_columns(const TP* p, const TQ* q, int64_t first, int64_t last, 
   return sums;
 }
 
-// A type of this instruction set alone: the array of a shared one would leave weak symbols in the object.
-template <class Sums>
-struct PartOf {
-  Sums sums;
-};
-
-// part(first, last) of each segment, merged in their order.
-template <class Sums, class Part, class Merge>
-TD_INLINE Sums merged_segments(int64_t classes, ForEach columns, const Part& part, const Merge& merge) {
-  const int64_t segments = segment_count(classes, columns);
-  if (segments == 1) return part(int64_t{0}, classes);
-  const auto parts = std::make_unique<PartOf<Sums>[]>(static_cast<size_t>(segments));
-  for_segments(classes, columns,
-               [&](int64_t first, int64_t last, int64_t k) { parts[static_cast<size_t>(k)].sums = part(first, last); });
-  Sums total = parts[0].sums;
-  for (int64_t k = 1; k < segments; ++k) merge(total, parts[static_cast<size_t>(k)].sums);
-  return total;
-}
-
-// 1/T as the arithmetic has it. Everything that scales by T uses this one: two roundings of 1/T that differ would leave
-// probabilities whose sum is not 1 by that much times the logarithm of the number of classes.
-template <class A>
-TD_INLINE double inverse_temperature(double t) {
-  return static_cast<double>(static_cast<A>(1 / t));
-}
-
 // The statistics of one row, and with kWant what its gradient needs, in kept (and growth where the near form ran).
 template <class A, int kWant, class TP, class TQ>
 KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept,
@@ -339,24 +224,24 @@ void recentre(const TP* p, const TQ* q, int64_t classes, double t, ForEach colum
   const double inv = inverse_temperature<A>(t);
   const Split<A> centre(stat.mean, stat.mean_lo);
   const ExpFrom<A> prob(stat.lse_p, inv);
-  const int64_t segments = segment_count(classes, columns);
-  const auto parts = std::make_unique<double[]>(static_cast<size_t>(segments));
-  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t segment) {
-    double part = 0;
-    for (int64_t b = first; b < last; b += kBlock) {
-      Vec<A> sum(A(0));
-      for_lanes<A>(
-          std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>), s = load_lanes<A>(q + b + i, count, -kInf<A>);
-            const Vec<A> x = prob(t_i), zero(A(0));
-            sum = sum + select(x > zero, x * difference_minus(t_i, s, centre), zero);
-          });
-      part += sum_of(sum);
-    }
-    parts[static_cast<size_t>(segment)] = part;
-  });
-  double shift = 0;
-  for (int64_t k = 0; k < segments; ++k) shift += parts[static_cast<size_t>(k)];
+  const double shift = merged_segments<double>(
+      classes, columns,
+      [&](int64_t first, int64_t last) {
+        double part = 0;
+        for (int64_t b = first; b < last; b += kBlock) {
+          Vec<A> sum(A(0));
+          for_lanes<A>(
+              std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+                const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>),
+                             s = load_lanes<A>(q + b + i, count, -kInf<A>);
+                const Vec<A> x = prob(t_i), zero(A(0));
+                sum = sum + select(x > zero, x * difference_minus(t_i, s, centre), zero);
+              });
+          part += sum_of(sum);
+        }
+        return part;
+      },
+      [](double& total, double part) { total += part; });
   stat.set_mean(stat.mean, stat.mean_lo + shift);
 }
 
@@ -423,11 +308,6 @@ Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t f
   return peak;
 }
 
-template <class T>
-void fill_zero(T* x, int64_t n) {
-  std::memset(static_cast<void*>(x), 0, static_cast<size_t>(n) * sizeof(T));
-}
-
 // A thread's room for one row: P's exponentials, and where asked for as much again.
 template <class A>
 struct Scratch {
@@ -478,16 +358,15 @@ void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
     const auto* p = static_cast<const TP*>(x[0]);
     const auto* q = static_cast<const TQ*>(x[1]);
     if (gp) recentre<A>(p, q, k.rows.classes, k.rows.temperature, columns, stat);
-    const int64_t n = k.rows.classes, segments = segment_count(n, columns);
-    const auto parts = std::make_unique<Peak[]>(static_cast<size_t>(segments));
-    for_segments(n, columns, [&](int64_t first, int64_t last, int64_t s) {
-      const auto gradient = gp && gq ? &logits_gradient<A, true, true, TP, TQ>
-                            : gp     ? &logits_gradient<A, true, false, TP, TQ>
-                                     : &logits_gradient<A, false, true, TP, TQ>;
-      parts[s] = gradient(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
-    });
-    Peak peak;
-    for (int64_t s = 0; s < segments; ++s) peak.merge(parts[s]);
+    const auto gradient = gp && gq ? &logits_gradient<A, true, true, TP, TQ>
+                          : gp     ? &logits_gradient<A, true, false, TP, TQ>
+                                   : &logits_gradient<A, false, true, TP, TQ>;
+    const auto peak = merged_segments<Peak>(
+        k.rows.classes, columns,
+        [&](int64_t first, int64_t last) {
+          return gradient(p, q, gp, gq, first, last, k.rows.temperature, stat, k.coefficient[i]);
+        },
+        [](Peak& total, const Peak& part) { total.merge(part); });
     if (peak.at < 0) return;
     if (gp) gp[peak.at] = static_cast<TP>(static_cast<A>(-peak.others_p));
     if (gq) gq[peak.at] = static_cast<TQ>(static_cast<A>(-peak.others_q));
@@ -515,54 +394,45 @@ void value_and_grad_row(const TP* p, const TQ* q, A* grad, A* aside, int64_t cla
       mean(static_cast<A>(kQ ? centred.growth() : centred.shift));
   const Vec<A> zero(A(0)), half(A(0.5));
   const Split<A> centre(stat.mean, stat.mean_lo);
-  struct Part {
-    int64_t peak = -1;
-    double others = 0;
-  };
-  const int64_t segments = segment_count(classes, columns);
-  const auto parts = std::make_unique<Part[]>(static_cast<size_t>(segments));
-  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t segment) {
-    Part part;
+  const auto write = [&](int64_t first, int64_t last) {
+    Peak part;
     for (int64_t b = first; b < last; b += kChunk) {
       const int64_t n = std::min(kChunk, last - b), chunk = b / kChunk;
       Vec<A> others(A(0));
       // g(offset, count, p) -> the entry.
       const Vec<A> to_p(static_cast<A>(kept_factor(kept.max_p[chunk], stat.lse_p, inv_t)));
-      const auto write = [&](const auto& g) __attribute__((always_inline)) {
+      const auto fill = [&](const auto& g) __attribute__((always_inline)) {
         for_lanes<A>(
             n, [&](int64_t i, auto count) __attribute__((always_inline)) {
               const Vec<A> x = load_lanes<A>(kept.exp_p + b + i, count, A(0)) * to_p;
               const Vec<A> y = g(i, count, x), top = x > half;
-              if (any(top)) part.peak = b + i + first_lane(top);
+              if (any(top)) part.at = b + i + first_lane(top);
               others = others + select(top, zero, y);
               store_lanes<A>(grad + b + i, y, count);
             });
       };
       if (near) {
-        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+        fill([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
           return c * (load_lanes<A>(aside + b + i, count, A(0)) * to_p - x * mean);
         });
       } else if constexpr (kQ) {
         const Vec<A> to_q(static_cast<A>(kept_factor(kept.max_q[chunk], stat.lse_q, inv_t)));
-        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+        fill([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
           return c * (load_lanes<A>(kept.exp_q + b + i, count, A(0)) * to_q - x);
         });
       } else {
-        write([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
+        fill([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
           const Vec<A> t_i = load_lanes<A>(p + b + i, count, A(0)), s = load_lanes<A>(q + b + i, count, A(0));
           return select(x == zero, zero, c_far * x * difference_minus(t_i, s, centre));
         });
       }
-      part.others += sum_of(others);
+      (kQ ? part.others_q : part.others_p) += sum_of(others);
     }
-    parts[static_cast<size_t>(segment)] = part;
-  });
-  Part whole;
-  for (int64_t k = 0; k < segments; ++k) {
-    whole.peak = std::max(whole.peak, parts[static_cast<size_t>(k)].peak);
-    whole.others += parts[static_cast<size_t>(k)].others;
-  }
-  if (whole.peak >= 0) grad[whole.peak] = static_cast<A>(-whole.others);
+    return part;
+  };
+  const auto peak =
+      merged_segments<Peak>(classes, columns, write, [](Peak& total, const Peak& part) { total.merge(part); });
+  if (peak.at >= 0) grad[peak.at] = static_cast<A>(-(kQ ? peak.others_q : peak.others_p));
 }
 
 template <class A, class TP, class TQ>
@@ -594,196 +464,17 @@ void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t en
   });
 }
 
-// f.template operator()<A, TP, TQ>() for the types of both sides.
-template <class F>
-void dispatch_types(const KlDivRows& rows, const F& f) {
-  const auto with_q = [&]<class TP>() {
-    switch (rows.q.dtype) {
-      case DType::Half:
-        return f.template operator()<float, TP, c10::Half>();
-      case DType::BFloat16:
-        return f.template operator()<float, TP, c10::BFloat16>();
-      default:
-        return f.template operator()<float, TP, float>();
-    }
-  };
-  switch (rows.p.dtype) {
-    case DType::Double:
-      return f.template operator()<double, double, double>();
-    case DType::Half:
-      return with_q.template operator()<c10::Half>();
-    case DType::BFloat16:
-      return with_q.template operator()<c10::BFloat16>();
-    default:
-      return with_q.template operator()<float>();
-  }
-}
-
 // -- Any space, in double -------------------------------------------------------------------------------------------
 
-using D = Vec<double>;
-
-template <class Count>
-TD_INLINE D load_any(const void* x, DType type, int64_t i, Count count, double fill) {
-  switch (type) {
-    case DType::Double:
-      return load_lanes<double>(static_cast<const double*>(x) + i, count, fill);
-    case DType::Half:
-      return load_lanes<double>(static_cast<const c10::Half*>(x) + i, count, fill);
-    case DType::BFloat16:
-      return load_lanes<double>(static_cast<const c10::BFloat16*>(x) + i, count, fill);
-    default:
-      return load_lanes<double>(static_cast<const float*>(x) + i, count, fill);
-  }
-}
-template <class Count>
-TD_INLINE void store_any(void* y, DType type, int64_t i, D v, Count count) {
-  switch (type) {
-    case DType::Double:
-      return store_lanes<double>(static_cast<double*>(y) + i, v, count);
-    case DType::Half:
-      return store_lanes<double>(static_cast<c10::Half*>(y) + i, v, count);
-    case DType::BFloat16:
-      return store_lanes<double>(static_cast<c10::BFloat16*>(y) + i, v, count);
-    default:
-      return store_lanes<double>(static_cast<float*>(y) + i, v, count);
-  }
-}
-void fill_zero_any(void* y, DType type, int64_t n) {
-  if (y != nullptr) std::memset(y, 0, static_cast<size_t>(n * bytes_of(type)));
-}
-
-// One side's probability and log-probability, whatever it is given in. Padding lanes have p = q = 0.
-struct Side {
-  DType type;
-  int space;
-  D inv_t, lse, lse_lo, factor;
-  double padding;
-
-  Side(const RowsIn& rows, int space_, double t, double lse_, double lse_lo_)
-      : type(rows.dtype),
-        space(space_),
-        inv_t(1 / t),
-        lse(lse_),
-        lse_lo(lse_lo_ / t),
-        factor(std::exp(-lse_lo_ / t)),
-        padding(space_ == kProbs ? 0 : -kInf<double>) {}
-  template <class Count>
-  TD_INLINE void read(const void* x, int64_t i, Count count, D& prob, D& log_prob) const {
-    const D v = load_any(x, type, i, count, padding);
-    if (space == kProbs) {
-      prob = v, log_prob = v.log();
-    } else if (space == kLogits) {
-      const D above = (v - lse) * inv_t;
-      log_prob = above - lse_lo, prob = above.exp() * factor;
-    } else {
-      log_prob = v, prob = v.exp();
-    }
-  }
-};
-
-// log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
-TD_INLINE D log_ratio(const Side& p_side, const Side& q_side, D p, D q, D log_p, D log_q) {
-  D l = log_p - log_q;
-  if (p_side.space == kProbs && q_side.space == kProbs) {
-    const D relative = (p - q) / q, ratio = p / q;
-    l = select((ratio > D(1e-290)) & (ratio < D(1e290)), ratio.log(), l);
-    l = select(relative.abs() < D(0.5), relative.log1p(), l);
-    l = select((p < D(0.0)) | (q < D(0.0)), D(std::numeric_limits<double>::quiet_NaN()), l);
-  }
-  return l;
-}
-
-// T logsumexp(x/T) = lse + lse_lo
-void any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns, double& lse,
-             double& lse_lo) {
-  struct Part {
-    double max = -std::numeric_limits<double>::infinity(), sum = 0;
-  };
-  const double inv_t = 1 / t;
-  const auto scan = [&](int64_t first, int64_t last) {
-    Part part;
-    for (int64_t c = first; c < last; c += kChunk) {
-      const int64_t n = std::min(kChunk, last - c);
-      D hi(-kInf<double>);
-      for_lanes<double>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            hi = max_of(load_any(x, rows.dtype, c + i, count, -kInf<double>), hi);
-          });
-      const double top = std::max(part.max, max_lane(hi));
-      if (top == -std::numeric_limits<double>::infinity()) {
-        // Nothing but -inf so far, unless NaN hides here, which no maximum shows.
-        D nan(0.0);
-        for_lanes<double>(
-            n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-              nan = nan + load_any(x, rows.dtype, c + i, count, -kInf<double>).exp();
-            });
-        part.sum += sum_of(nan);
-        continue;
-      }
-      if (top > part.max) part.sum = part.sum == 0 ? 0 : part.sum * std::exp((part.max - top) * inv_t), part.max = top;
-      D sum(0.0);
-      for_lanes<double>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            sum = sum + ((load_any(x, rows.dtype, c + i, count, -kInf<double>) - D(top)) * D(inv_t)).exp();
-          });
-      part.sum += sum_of(sum);
-    }
-    return part;
-  };
-  const int64_t segments = segment_count(classes, columns);
-  Part total;
-  if (segments == 1) {
-    total = scan(0, classes);
-  } else {
-    const auto parts = std::make_unique<Part[]>(static_cast<size_t>(segments));
-    for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = scan(first, last); });
-    for (int64_t k = 0; k < segments; ++k) total.max = std::max(total.max, parts[k].max);
-    for (int64_t k = 0; k < segments; ++k)
-      if (parts[k].sum != 0)
-        total.sum += parts[k].sum * (parts[k].max == total.max ? 1 : std::exp((parts[k].max - total.max) * inv_t));
-  }
-  if (!(total.sum > 0)) {
-    lse = std::numeric_limits<double>::quiet_NaN();
-    return;
-  }
-  const double log_sum = t * std::log(total.sum);
-  lse = total.max + log_sum;
-  const double back = lse - total.max;
-  lse_lo = (total.max - (lse - back)) + (log_sum - back);
-}
-
-// Sums f(i, count) -> two vectors over a row, in a fixed order.
-struct Pair {
-  double a = 0, b = 0;
-};
-template <class F>
-Pair sum_columns(int64_t classes, ForEach columns, const F& f) {
-  const auto part = [&](int64_t first, int64_t last) {
-    Pair sums;
-    for (int64_t c = first; c < last; c += kChunk) {
-      D a(0.0), b(0.0);
-      for_lanes<double>(
-          std::min(kChunk, last - c), [&](int64_t i, auto count)
-                                          __attribute__((always_inline)) { f(c + i, count, a, b); });
-      sums.a += sum_of(a), sums.b += sum_of(b);
-    }
-    return sums;
-  };
-  const int64_t segments = segment_count(classes, columns);
-  if (segments == 1) return part(0, classes);
-  const auto parts = std::make_unique<Pair[]>(static_cast<size_t>(segments));
-  for_segments(classes, columns, [&](int64_t first, int64_t last, int64_t k) { parts[k] = part(first, last); });
-  Pair total;
-  for (int64_t k = 0; k < segments; ++k) total.a += parts[k].a, total.b += parts[k].b;
-  return total;
-}
-
-KlDivStat any_row(const KlDivRows& rows, const void* p, const void* q, ForEach columns) {
+KlDivStat any_row(const RowPair& rows, const void* p, const void* q, ForEach columns) {
   const double t = rows.temperature;
   KlDivStat stat{};
-  if (rows.p_space == kLogits) any_lse(p, rows.p, rows.classes, t, columns, stat.lse_p, stat.mean_lo);
-  if (rows.q_space == kLogits) any_lse(q, rows.q, rows.classes, t, columns, stat.lse_q, stat.mean_lo);
+  const auto lse = [&](const void* x, const RowsIn& side, double& stored) {
+    const ExactSum exact = any_lse(x, side, rows.classes, t, columns);
+    stored = exact.sum, stat.mean_lo = exact.error;
+  };
+  if (rows.p_space == kLogits) lse(p, rows.p, stat.lse_p);
+  if (rows.q_space == kLogits) lse(q, rows.q, stat.lse_q);
   const double rest = rows.from_logits() ? 0 : stat.mean_lo;
   const Side p_side(rows.p, rows.p_space, t, stat.lse_p, rest), q_side(rows.q, rows.q_space, t, stat.lse_q, rest);
   const D zero(0.0), lowest(-kInf<double>);
@@ -833,7 +524,7 @@ void forward_any(const KlDivForward& k, int64_t begin, int64_t end, ForEach colu
   });
 }
 
-void any_gradient(const KlDivRows& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p,
+void any_gradient(const RowPair& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p,
                   const RowsOut& out_q, void* grad_q, const KlDivStat& stat, double coefficient, ForEach columns) {
   if (coefficient == 0) {
     fill_zero_any(grad_p, out_p.dtype, rows.classes);
@@ -891,7 +582,7 @@ void value_and_grad_any(const KlDivValueAndGrad& k, int64_t begin, int64_t end, 
 // KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
 void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out,
                          ForEach columns) {
-  const KlDivRows& rows = k.rows;
+  const RowPair& rows = k.rows;
   const KlDivStat stat = KlDivStat::load(k.stat + KlDivStat::kSize * row);
   const double t = rows.temperature, coefficient = k.coefficient[row];
   const bool both_logits = rows.from_logits();

@@ -1,17 +1,6 @@
-"""The losses as functions. Prediction first, target second, as in ``torch.nn.functional``; the rest by keyword."""
-
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-Direction = Literal["forward", "reverse"]
-Reduction = Literal["none", "sum", "mean", "batchmean"]
-Space = Literal["logits", "log_probs", "probs"]
-
-__all__ = ["Direction", "Reduction", "Space", "kl_div"]
-
-_ops = torch.ops.torch_divergence
+from torch_divergence.functional._common import Direction, Reduction, Space, ops, scalar_tensor
 
 
 def kl_div(
@@ -97,10 +86,7 @@ def kl_div(
             ...
         ValueError: ...
     """
-    op = _ops.kl_div_inplace_grad if inplace_grad else _ops.kl_div
-    if isinstance(normalizer, (int, float)):
-        # On the CPU, whose scalars meet tensors of any device; float64 keeps every count exact.
-        normalizer = torch.full((), normalizer, dtype=torch.float64, device="cpu")
+    op = ops.kl_div_inplace_grad if inplace_grad else ops.kl_div
     loss: Tensor = op.default(
         input,
         target,
@@ -111,6 +97,6 @@ def kl_div(
         dim=dim,
         row_weight=row_weight,
         reduction=reduction,
-        normalizer=normalizer,
+        normalizer=scalar_tensor(normalizer),
     )
     return loss

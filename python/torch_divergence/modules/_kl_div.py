@@ -1,12 +1,8 @@
-"""The losses as modules: what does not change between batches is set once, at construction."""
-
 import torch
 from torch import Tensor
 
 from torch_divergence import functional
 from torch_divergence.functional import Direction, Reduction, Space
-
-__all__ = ["KLDivLoss"]
 
 
 class KLDivLoss(torch.nn.Module):

@@ -1,24 +1,11 @@
-#include <torch_divergence/modules.h>
+#include <torch_divergence/modules/kl_div.h>
+
+#include "modules/checks.h"
 
 #include <ostream>
 #include <utility>
 
 namespace torch_divergence {
-namespace {
-
-void check_no_batch_tensors(const KLDivOptions& options) {
-  TORCH_CHECK_VALUE(
-      !options.row_weight().has_value(),
-      "row_weight: was set in the options of a module, where it would be used for every batch; pass it to "
-      "forward(input, target, row_weight, normalizer)");
-  TORCH_CHECK_VALUE(
-      !options.normalizer().has_value(),
-      "normalizer: was set in the options of a module, where it would be used for every batch; pass it to "
-      "forward(input, target, row_weight, normalizer)");
-}
-
-}  // namespace
-
 KLDivLossImpl::KLDivLossImpl(KLDivOptions options_) : options(std::move(options_)) { check_no_batch_tensors(options); }
 
 void KLDivLossImpl::reset() {}

@@ -1,0 +1,6 @@
+"""The losses as functions. Prediction first, target second, as in ``torch.nn.functional``; the rest by keyword."""
+
+from torch_divergence.functional._common import Direction, Reduction, Space
+from torch_divergence.functional._kl_div import kl_div
+
+__all__ = ["Direction", "Reduction", "Space", "kl_div"]

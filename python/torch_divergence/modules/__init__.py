@@ -1,0 +1,5 @@
+"""The losses as modules: what does not change between batches is set once, at construction."""
+
+from torch_divergence.modules._kl_div import KLDivLoss
+
+__all__ = ["KLDivLoss"]
