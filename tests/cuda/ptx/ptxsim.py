@@ -17,6 +17,7 @@ from ptx_instructions import (
     SHARED_WINDOW,
     U32,
     Action,
+    Reader,
     Threads,
     assign,
     compile_instruction,
@@ -49,6 +50,7 @@ class Module:
 class Program:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.readers: dict[tuple[str, np.dtype], Reader] = {}
         self.leaders = {*kernel.labels.values(), len(kernel.code)}  # where threads may come together again
         self.kinds = [_kind(i) for i in kernel.code]
         self.actions: list[Action | None] = [
@@ -112,6 +114,7 @@ class Machine:
         self.lane, self.warp = self.threads & 31, self.threads >> 5
         self._place_symbols(kernel, dynamic_shared, arguments)
         self._first_block = self._serial
+        self._place_registers(kernel)
         blocks = list(range(grid[0] * grid[1] * grid[2])) if self.only_blocks is None else self.only_blocks
         if self.schedule != "lockstep":
             blocks = list(self.random.permutation(blocks))
@@ -137,11 +140,21 @@ class Machine:
             self.symbols[name] = offset
             self.parameters[offset : offset + size] = np.frombuffer(value, np.uint8)
 
+    def _place_registers(self, kernel: Kernel) -> None:
+        """All registers of a type in one array, so that a block clears them at once."""
+        names: dict[np.dtype, list[str]] = {}
+        for name, kind in kernel.registers.items():
+            names.setdefault(register_type(kind), []).append(name)
+        self._files = [np.zeros((len(of_type), len(self.threads)), dtype) for dtype, of_type in names.items()]
+        rows = [zip(of_type, file, strict=True) for of_type, file in zip(names.values(), self._files, strict=True)]
+        self.registers = {name: row for of_type in rows for name, row in of_type}
+
     # -- one block ----------------------------------------------------------------------------------------------------
 
     def _run_block(self) -> None:
         n, kernel = len(self.threads), self.kernel
-        self.registers = {r: np.zeros(n, register_type(t)) for r, t in kernel.registers.items()}
+        for file in self._files:
+            file.fill(0)
         self.shared = np.full(self.shared_size, 0xFF, np.uint8)
         self.shared_shadow = Shadow(self.shared_size, False)
         self.local = np.full(n * kernel.local_size, 0xFF, np.uint8)
@@ -196,6 +209,8 @@ class Machine:
             self.pc[index], self.state[index] = pc, AT_BARRIER
         else:
             self.pc[index], self.state[index] = pc, IN_WARP_OPERATION
+            if i.opcode == "shfl" and i.operands[-1] in ("-1", "0xffffffff"):
+                index = self._shuffle_whole_warps(i, index)
             self._try_warps(self.warp[index])
         return pc + 1 - start
 
@@ -247,8 +262,21 @@ class Machine:
                         self._warp_operation(i, callers)
                         self.state[callers], self.pc[callers] = READY, pc + 1
 
+    def _shuffle_whole_warps(self, i: Instruction, index: np.ndarray) -> np.ndarray:
+        """Carries out a shuffle of all lanes in those warps that are there in full; returns the threads left."""
+        whole = np.bincount(self.warp[index], minlength=len(self.warp_clock)) == np.bincount(self.warp)
+        chosen = whole[self.warp[index]]
+        if chosen.any():
+            lanes = index[chosen]
+            self._shuffle(i, lanes)
+            self.state[lanes], self.pc[lanes] = READY, self.pc[lanes] + 1
+        return index[~chosen]
+
     def _value(self, operand: str, threads: np.ndarray, dtype: np.dtype = U32) -> np.ndarray:
-        return reader(self.kernel, operand, dtype)(self, threads)
+        key = (operand, dtype)
+        if key not in self.program.readers:
+            self.program.readers[key] = reader(self.kernel, operand, dtype)
+        return self.program.readers[key](self, threads)
 
     def _warp_operation(self, i: Instruction, lanes: np.ndarray) -> None:
         if i.opcode in ("bar", "barrier"):
@@ -278,9 +306,9 @@ class Machine:
         source = {"up": up, "down": down, "bfly": lane ^ b, "idx": low | b & ~segment & 31}[mode].astype(np.int64)
         within = source >= high if mode == "up" else source <= high
         source = np.where(within, source, lane)
-        position = np.full(32, -1)
-        position[lane] = np.arange(len(lanes))
-        taken = position[source]
+        position = np.full(len(self.warp_clock) * 32, -1)
+        position[lanes] = np.arange(len(lanes))
+        taken = position[(lanes & ~31) + source]
         if (taken < 0).any():
             self.report("lane", i, f"reads lane {source[taken < 0][0]}, which takes no part")
         target, _, predicate = i.operands[0].partition("|")
