@@ -14,7 +14,7 @@ namespace {
 // Python's side. A launch returns what was found in it, or "".
 struct Device {
   const char* (*launch)(const char* kernel, const unsigned* grid_and_block, size_t dynamic_shared, void** arguments,
-                        int64_t first_block);
+                        int order, unsigned seed, int64_t first_block);
   void (*add_buffer)(uint64_t address, uint64_t bytes, const char* name, bool initialised);
   void (*remove_buffer)(uint64_t address);
 };
@@ -71,7 +71,9 @@ int __cudaGetKernel(const void** kernel, const void* host) {
 }
 int __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t dynamic_shared, void*) {
   const unsigned dims[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  findings = device.launch(kernel_names()[kernel].c_str(), dims, dynamic_shared, arguments, simt::options.first_block);
+  const auto& options = simt::options;
+  findings = device.launch(kernel_names()[kernel].c_str(), dims, dynamic_shared, arguments,
+                           static_cast<int>(options.order), options.seed, options.first_block);
   return findings.empty() ? 0 : 1;
 }
 int cudaGetLastError() { return findings.empty() ? 0 : 1; }

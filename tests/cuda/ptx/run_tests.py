@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import ptxsim
 
 Address, Size = ctypes.c_uint64, ctypes.c_size_t
@@ -18,10 +19,15 @@ Launch = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint),
     Size,
     ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
+    ctypes.c_uint,
     ctypes.c_int64,
 )
 AddBuffer = ctypes.CFUNCTYPE(None, Address, Address, ctypes.c_char_p, ctypes.c_bool)
 RemoveBuffer = ctypes.CFUNCTYPE(None, Address)
+
+
+RANDOM_ORDER = 2  # simt::Order::Random
 
 
 class Callbacks(ctypes.Structure):
@@ -41,11 +47,22 @@ class Device:
     def _add(self, address: int, size: int, name: bytes, initialised: bool) -> None:
         self.machine.memory.add(address, size, name.decode(), initialised)
 
-    def _launch(self, name: bytes, dims: list[int], dynamic_shared: int, arguments: list[int], first_block: int) -> int:
+    def _launch(
+        self,
+        name: bytes,
+        dims: list[int],
+        dynamic_shared: int,
+        arguments: list[int],
+        order: int,
+        seed: int,
+        first_block: int,
+    ) -> int:
         machine, message = self.machine, ""
         self.launches += 1
-        # Tests may also use plain memory, as the emulator's do.
-        machine.memory.open = True
+        machine.memory.open = True  # tests may also use memory that they did not register, unchecked
+        # The emulator's orders of threads: a fixed one, or a random one, which here comes with inexact approximations.
+        machine.schedule, machine.approx_ulp = ("warps", 2) if order == RANDOM_ORDER else ("lockstep", 0)
+        machine.random = np.random.default_rng(seed)
         try:
             grid, block = tuple(dims[:3]), tuple(dims[3:6])
             parameters = machine.module.kernels[name.decode()].parameters
@@ -65,14 +82,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("library", type=Path)
     parser.add_argument("ptx", type=Path)
-    parser.add_argument("--schedule", choices=("lockstep", "warps"), default="lockstep")
-    parser.add_argument("--approx-ulp", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ignore-rules", action="store_true", help="compare values only")
     options, flags = parser.parse_known_args()
     library = ctypes.CDLL(str(options.library.resolve()))
     module = ptxsim.Module(options.ptx.read_text())
-    machine = ptxsim.Machine(module, options.schedule, options.approx_ulp, options.seed)
+    machine = ptxsim.Machine(module)
     device = Device(library, machine, not options.ignore_rules)
     arguments = [str(options.library), *flags]
     status = library.main(len(arguments), (ctypes.c_char_p * len(arguments))(*(a.encode() for a in arguments)))
