@@ -50,20 +50,10 @@ def compile_kernels(source: Path, csrc: Path = ROOT / "csrc", out: Path = BUILD)
     if not compiled.object.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "part.o"
-        subprocess.run(
-            [nvcc, *FLAGS, *(f"-gencode=arch={v},code={a}" for a, v in virtual.items())]
-            + [
-                f"-I{csrc}",
-                f"-I{torch_folder() / 'include'}",
-                "--keep",
-                f"--keep-dir={folder}",
-                "-c",
-                source,
-                "-o",
-                part,
-            ],
-            check=True,
-        )
+        targets = [f"-gencode=arch={v},code={a}" for a, v in virtual.items()]
+        include = [f"-I{csrc}", f"-I{torch_folder() / 'include'}"]
+        keep = ["--keep", f"--keep-dir={folder}"]
+        subprocess.run([nvcc, *FLAGS, *targets, *include, *keep, "-c", source, "-o", part], check=True)
         for intermediate in folder.glob("*.ii"):
             intermediate.unlink()
         part.rename(compiled.object)
@@ -87,12 +77,10 @@ def link_tests(kernel: str = "kl_div", csrc: Path = ROOT / "csrc", out: Path = B
     if not library.exists() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources):
         include = [f"-I{csrc}", f"-I{HERE / 'emulator'}", f"-I{torch / 'include'}", *_gtest("-I")]
         part = folder / "part.so"
-        subprocess.run(
-            ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", *include, *sources, compiled.object, "-o", part]
-            + ["-Wl,-u,main", "-Wl,-Bsymbolic", *_gtest("-L"), "-lgtest_main", "-lgtest"]
-            + [f"-L{torch / 'lib'}", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"],
-            check=True,
-        )
+        objects = [*sources, compiled.object, "-o", part]
+        libraries = ["-Wl,-u,main", *_gtest("-L"), "-lgtest_main", "-lgtest", f"-L{torch / 'lib'}", "-lc10"]
+        options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wl,-Bsymbolic", f"-Wl,-rpath,{torch / 'lib'}"]
+        subprocess.run(["c++", *options, *include, *objects, *libraries], check=True)
         part.rename(library)
     return Tests(library, compiled.ptx)
 
