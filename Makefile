@@ -16,7 +16,7 @@ CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities mypy install-test compat sanitize bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities mypy test-ptx static-gate mutants mutants-sample install-test compat sanitize bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
@@ -26,6 +26,7 @@ help:
 	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compat     compile with the headers of every supported torch"
 	@echo "make bench      benchmarks                    make tidy      clang-tidy"
+	@echo "make mutants    break the CUDA kernels on purpose: every seeded bug must be caught"
 	@echo "make clean      remove what was built; .venv stays"
 
 demo: build
@@ -34,7 +35,7 @@ demo: build
 	$(call say,distillation in C++)
 	build/examples/distillation
 
-test: lint ctest pytest pytest-capabilities install-test
+test: lint ctest pytest pytest-capabilities test-ptx static-gate mutants-sample install-test
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ ctest: build
 
 pytest: build
 	$(call say,Python tests and doctests)
-	pytest
+	pytest --ignore tests/cuda
 
 # pytest itself runs with the best instruction set of the processor; these are the ones below it.
 pytest-capabilities: build
@@ -97,6 +98,19 @@ pytest-capabilities: build
 	  printf '\n== Python tests with ATEN_CPU_CAPABILITY=%s\n' $$capability; \
 	  ATEN_CPU_CAPABILITY=$$capability pytest -q tests/test_values.py tests/test_gradients.py; \
 	done
+
+# The CUDA kernels without a GPU; docs/cuda.md tells what each of these shows. They skip, with a reason, without nvcc.
+test-ptx: $(STAMPS)/venv
+	$(call say,CUDA kernels as nvcc compiles them$(,) interpreted)
+	pytest -q tests/cuda/ptx
+
+static-gate: $(STAMPS)/venv
+	$(call say,machine code of the CUDA kernels)
+	python tests/cuda/static_report.py
+
+mutants mutants-sample: $(STAMPS)/venv
+	$(call say,CUDA kernels with seeded bugs)
+	python tests/cuda/mutants.py $(if $(filter mutants-sample,$@),--sample 6)
 
 # The same C++ project against a CMake install and against a wheel unpacked beside torch, as pip would.
 INSTALL := $(CURDIR)/build/install-test

@@ -86,7 +86,8 @@ def expect(
     dtype = compute_dtype(*tensors)
     # contiguous, or the order of summation, and with it what is bit-equal, would depend on the strides
     values = [
-        np.ascontiguousarray(np.moveaxis(to_numpy(t), dim, -1) if t.is_floating_point() else t.numpy()) for t in tensors
+        np.ascontiguousarray(np.moveaxis(to_numpy(t), dim, -1) if t.is_floating_point() else t.cpu().numpy())
+        for t in tensors
     ]
     shape = values[0].shape[:-1]
     exact = loss.exact(*values, **options)
@@ -149,7 +150,7 @@ def check(
             assert np.broadcast_to(rows, want.shape)[poisoned].all(), (
                 f"gradient {i}: a row that holds NaN got a gradient without NaN"
             )
-            got = torch.where(torch.from_numpy(poisoned.copy()), torch.zeros((), dtype=got.dtype), got)
+            got = torch.where(torch.from_numpy(poisoned.copy()).to(got.device), torch.zeros((), dtype=got.dtype), got)
             want, allowed = np.where(poisoned, 0, want), np.where(poisoned, 0, allowed)
         assert_within(got, want, allowed, f"gradient {i}")
     return value, tuple(gradients)

@@ -13,6 +13,11 @@ TORCH_WARNINGS = (
 )
 
 
+# TD_TEST_DEVICE=cuda runs the tests on a GPU.
+if device := os.environ.get("TD_TEST_DEVICE"):
+    torch.set_default_device(device)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for action in ("error", *TORCH_WARNINGS):
         config.addinivalue_line("filterwarnings", action)

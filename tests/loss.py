@@ -146,8 +146,10 @@ class Case:
     ) -> tuple[Tensor, ...]:
         """Random inputs; those in `grad` (all that are differentiable unless told otherwise) require grad."""
         grad = self.loss.differentiable if grad is None else grad
-        tensors = self.loss.draw(shape, dtype, seed, **self.options)
-        return tuple(t.requires_grad_(i in grad) for i, t in enumerate(tensors))
+        with torch.device("cpu"):  # the same numbers on every device
+            tensors = self.loss.draw(shape, dtype, seed, **self.options)
+        device = torch.get_default_device()
+        return tuple(t.to(device).requires_grad_(i in grad) for i, t in enumerate(tensors))
 
     def __str__(self) -> str:
         return "-".join([self.loss.name, *(f"{v}" for k, v in self.options.items())])

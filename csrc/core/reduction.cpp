@@ -103,6 +103,7 @@ at::Tensor RowReduction::operator()(const at::Tensor& rows) const {
 at::Tensor checked_weight(const char* name, const std::optional<at::Tensor>& weight) {
   if (!weight.has_value()) return {};
   auto w = weight->to(at::kDouble).contiguous();
+  if (!w.is_cpu()) return w;  // to look would be to wait for the device
   const double* const x = w.const_data_ptr<double>();
   const auto* const bad = std::find_if_not(x, x + w.numel(), [](double v) { return v >= 0 && std::isfinite(v); });
   TORCH_CHECK_VALUE(bad == x + w.numel(), name, ": row_weight holds ", *bad, " for row ", bad - x,

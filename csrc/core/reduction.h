@@ -33,7 +33,8 @@ class RowReduction {
   std::optional<at::Tensor> normalizer_;
 };
 
-// The weights as doubles in row order, checked: finite and not negative. Null for none.
+// The weights as doubles in row order, checked: finite and not negative. Null for none. On other devices than the CPU
+// they are not looked at; the kernels make the loss of a row with a bad weight NaN.
 at::Tensor checked_weight(const char* name, const std::optional<at::Tensor>& weight);
 
 }  // namespace torch_divergence

@@ -15,6 +15,7 @@
 //   Rows, kStatSize, kLossStat                kernel argument, doubles a row, which of them is the loss
 //   rows(p, q, O...) -> Rows
 //   forward_kernel() ...                      of the processor at hand
+//   cuda_kernel(call), cuda_workspace(...)    where there are CUDA kernels: see run_on_cuda() in core/cuda_tensors.h
 //   double_backward_composite(...)            the double backward in ATen operators, for derivatives beyond the second
 #pragma once
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -34,6 +35,7 @@
 
 #include "core/apply.h"
 #include "core/checks.h"
+#include "core/cuda_tensors.h"
 #include "core/gradient_buffer.h"
 #include "core/inplace_gradient.h"
 #include "core/large_tensor.h"
@@ -115,19 +117,19 @@ class RowDivergence {
     return op.call(p, q, row_weight, options..., scale, wrt_q);
   }
 
-  // -- CPU ----------------------------------------------------------------------------------------------------------
+  // -- CPU and CUDA -------------------------------------------------------------------------------------------------
 
-  static Tensors2 rows_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options) {
+  static Tensors2 rows_dense(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options) {
     const auto weight = checked_weight(D::name, row_weight);
     auto loss = at::empty(p.sizes().slice(0, p.dim() - 1), p.options().dtype(loss_dtype(p, q)));
     auto stat = empty_stat(p);
     const RowPairForward<Rows> call{D::rows(p, q, options...), data_or_null(weight), loss.mutable_data_ptr(),
                                     loss.scalar_type() == at::kDouble, stat.template mutable_data_ptr<double>()};
-    run(D::forward_kernel(), call, loss.numel());
+    run(D::forward_kernel(), call, loss.numel(), p);
     return {std::move(loss), std::move(stat)};
   }
 
-  static Tensors2 backward_cpu(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, O... options,
+  static Tensors2 backward_dense(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, O... options,
                                Mask2 mask) {
     const auto statistics = stat.contiguous();
     auto grad_p = mask[0] ? empty_like_large(p) : nothing_like(p);
@@ -138,7 +140,7 @@ class RowDivergence {
     return {std::move(grad_p), std::move(grad_q)};
   }
 
-  static Tensors3 double_backward_cpu(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
+  static Tensors3 double_backward_dense(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
                                       const Tensor& p, const Tensor& q, const Tensor& stat, O... options, Mask3 mask) {
     const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
     auto d_coefficient = at::empty(mask[0] ? grad.sizes() : at::IntArrayRef{0}, grad.options().dtype(at::kDouble));
@@ -152,11 +154,11 @@ class RowDivergence {
                                            mask[0] ? d_coefficient.template mutable_data_ptr<double>() : nullptr,
                                            mask[1] ? rows_out(d_p) : RowsOut{},
                                            mask[2] ? rows_out(d_q) : RowsOut{}};
-    run(D::double_backward_kernel(), call, coefficient.numel());
+    run(D::double_backward_kernel(), call, coefficient.numel(), p);
     return {d_coefficient.to(grad.scalar_type()), std::move(d_p), std::move(d_q)};
   }
 
-  static Tensors3 value_and_grad_cpu(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
+  static Tensors3 value_and_grad_dense(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
                                      double scale, bool wrt_q) {
     auto gradient = empty_like_large(wrt_q ? q : p);
     auto [loss, stat] = value_and_grad_into(gradient, p, q, row_weight, options..., scale, wrt_q);
@@ -360,7 +362,7 @@ class RowDivergence {
     // Training at memory speed. Half types take the plain pair: a gradient/n stored in half loses what GradScaler
     // keeps.
     if (reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && !is_half(wrt_q ? q : p) &&
-        is_plain_eager(p) && is_plain_eager(q) && plain(reduction.weight()) && plain(reduction.normalizer()))
+        is_plain_eager(p) && is_plain_eager(q) && !is_for_cuda(p) && plain(reduction.weight()) && plain(reduction.normalizer()))
       return std::get<0>(value_and_grad(p, q, reduction.weight(), options..., reduction.scale(), wrt_q));
     return reduction(std::get<0>(rows(p, q, reduction.weight(), options...)));
   }
@@ -424,10 +426,16 @@ class RowDivergence {
         ", float scale, bool wrt_q) -> (Tensor, Tensor, Tensor)");
   }
   static void register_cpu(torch::Library& m) {
-    m.impl(private_name("").c_str(), &rows_cpu);
-    m.impl(private_name("_backward").c_str(), &backward_cpu);
-    m.impl(private_name("_double_backward").c_str(), &double_backward_cpu);
-    m.impl(private_name("_value_and_grad").c_str(), &value_and_grad_cpu);
+    m.impl(private_name("").c_str(), &rows_dense);
+    m.impl(private_name("_backward").c_str(), &backward_dense);
+    m.impl(private_name("_double_backward").c_str(), &double_backward_dense);
+    m.impl(private_name("_value_and_grad").c_str(), &value_and_grad_dense);
+  }
+  // Not _value_and_grad: what a GPU holds of a row does not stay in its caches until the gradient.
+  static void register_cuda(torch::Library& m) {
+    m.impl(private_name("").c_str(), &rows_dense);
+    m.impl(private_name("_backward").c_str(), &backward_dense);
+    m.impl(private_name("_double_backward").c_str(), &double_backward_dense);
   }
   static void register_meta(torch::Library& m) {
     m.impl(private_name("").c_str(), &rows_meta);
@@ -456,7 +464,11 @@ class RowDivergence {
   }
 
   template <class Kernel, class Call>
-  static void run(Kernel kernel, const Call& call, int64_t rows) {
+  static void run(Kernel kernel, const Call& call, int64_t rows, const Tensor& p) {
+#ifdef TD_CUDA
+    if constexpr (requires { D::cuda_kernel(call); })
+      if (is_for_cuda(p)) return run_on_cuda(D::cuda_kernel(call), call, rows, D::cuda_workspace(rows, p.size(-1)), p);
+#endif
     parallel_rows(rows, call.rows.classes,
                   [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   }
@@ -465,7 +477,7 @@ class RowDivergence {
                             O... options, const RowsOut& grad_p, const RowsOut& grad_q) {
     const RowPairBackward<Rows> call{D::rows(p, q, options...), coefficient.template const_data_ptr<double>(),
                                      stat.template const_data_ptr<double>(), grad_p, grad_q};
-    run(D::backward_kernel(), call, coefficient.numel());
+    run(D::backward_kernel(), call, coefficient.numel(), p);
   }
 
   // loss and stat of one visit that leaves the gradient in `gradient`, which may be the storage of its own side.
@@ -477,7 +489,7 @@ class RowDivergence {
     const double* const w = data_or_null(weight);
     double* const s = stat.template mutable_data_ptr<double>();
     const RowPairValueAndGrad<Rows> call{D::rows(p, q, options...), w, scale, s, wrt_q, rows_out(gradient)};
-    run(D::value_and_grad_kernel(), call, count);
+    run(D::value_and_grad_kernel(), call, count, p);
     double sum = 0;
     for (int64_t i = 0; i < count; ++i)
       if (w == nullptr || w[i] != 0) sum += (w != nullptr ? w[i] : 1) * s[D::kStatSize * i + D::kLossStat];

@@ -52,6 +52,12 @@ struct KlDivOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(kl_div_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(kl_div_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(kl_div_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const KlDivForward&) { return &cuda::kl_div_forward; }
+  static auto cuda_kernel(const KlDivBackward&) { return &cuda::kl_div_backward; }
+  static auto cuda_kernel(const KlDivDoubleBackward&) { return &cuda::kl_div_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) { return cuda::kl_div_workspace(rows, classes); }
+#endif
 
   static Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
                                             const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
@@ -141,6 +147,9 @@ TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("kl_div_inplace_grad", kl_div_inplace_grad);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) { KlDiv::register_cpu(m); }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) { KlDiv::register_cuda(m); }
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) { KlDiv::register_meta(m); }
 TORCH_LIBRARY_IMPL(torch_divergence, Autograd, m) { KlDiv::register_autograd(m); }
 

@@ -41,6 +41,8 @@
 #include "core/phi.h"
 #include "core/row_pair.h"
 
+struct CUstream_st;
+
 namespace torch_divergence {
 
 // Below this KL the centred form is used, above it the direct one. At 1/2 both are good to a few ulp.
@@ -168,10 +170,68 @@ struct KlDivGuess {
   }
 };
 
+// Both forms in one visit, around a centre guessed before: u = (t - s - centre)/T. What the threads of a GPU hold, in R
+// with sums S, and what they are merged to, in double: raise() all to the largest maxima, then add the sums.
+template <class R, class S = R>
+struct KlDivVisit {
+  R max_p = -std::numeric_limits<R>::infinity();
+  R max_q = -std::numeric_limits<R>::infinity();
+  S sum_p{};  // sum e^((t - max_p)/T)
+  S sum_q{};
+  S shift{};  // sum e^((t - max_p)/T) u
+  S phi{};    // and times phi(u); once there is a p > 0, a class of p = 0 adds its share of q
+  bool infinite = false;
+
+  // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near.
+  TD_HOST_DEVICE R q_to_p(double centre, double inv_t) const {
+    const double x = (static_cast<double>(max_q) - static_cast<double>(max_p) + centre) * inv_t;
+    return std::exp(static_cast<R>(x < 80 ? x : 80));
+  }
+  // Moves the maxima up to at least (p, q).
+  TD_HOST_DEVICE void raise(R p, R q, double centre, double inv_t) {
+    constexpr R kNone = -std::numeric_limits<R>::infinity();
+    if (q > max_q) {
+      sum_q *= max_q == kNone ? R(0) : std::exp((max_q - q) * static_cast<R>(inv_t));
+      max_q = q;
+    }
+    if (p > max_p) {
+      const bool first = max_p == kNone;
+      const R f = first ? R(0) : std::exp((max_p - p) * static_cast<R>(inv_t));
+      sum_p *= f, shift *= f, phi *= f;
+      max_p = p;
+      if (first) {
+        phi = sum_q;
+        phi *= q_to_p(centre, inv_t);
+      }
+    }
+  }
+  // False where the row is near, but the centre further off than u is wide: visit it again around stat.mean.
+  TD_HOST_DEVICE bool finish(double centre, double centre_lo, double t, KlDivStat& stat) const {
+    const double d = static_cast<double>(max_p) - static_cast<double>(max_q);
+    const KlDivScan scan{max_p, max_q, sum_p, sum_q, shift + sum_p * (((centre - d) + centre_lo) / t), infinite};
+    stat = scan.finish(t);
+    if (!(stat.kl < kKlNear)) return true;
+    const KlDivCentred centred{shift / sum_p, phi / sum_p};
+    stat.set_mean(centre, centre_lo);
+    centred.finish(stat, t);
+    return centred.shift * centred.shift <= 4 * stat.kl;
+  }
+};
+
 using KlDivForward = RowPairForward<RowPair>;
 using KlDivBackward = RowPairBackward<RowPair>;
 using KlDivValueAndGrad = RowPairValueAndGrad<RowPair>;
 using KlDivDoubleBackward = RowPairDoubleBackward<RowPair>;
+
+// On CUDA: all rows, on a stream (cudaStream_t). workspace: of as many doubles as kl_div_workspace() says, on the same
+// device. A weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.
+namespace cuda {
+using Stream = CUstream_st*;
+int64_t kl_div_workspace(int64_t rows, int64_t classes);
+void kl_div_forward(const KlDivForward&, int64_t rows, double* workspace, Stream);
+void kl_div_backward(const KlDivBackward&, int64_t rows, double* workspace, Stream);
+void kl_div_double_backward(const KlDivDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(kl_div_forward, (const KlDivForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(kl_div_backward, (const KlDivBackward&, int64_t begin, int64_t end, ForEach columns))

@@ -1,0 +1,85 @@
+// Scalar arithmetic of the CUDA kernels, for A = float or double.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <limits>
+
+namespace torch_divergence::cuda {
+
+template <class A>
+inline constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// 2^x to 2 ulp, one instruction; 0 below 2^-126.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126 ? 0 : ::exp2f(x);
+#endif
+}
+
+// e^(x/T). Float: what x log2(e)/T rounds off, which for x = -20 would cost 10 ulp, comes back as a factor.
+template <class A>
+class Exp {
+ public:
+  __device__ explicit Exp(double inv_t) : inv_t_(inv_t) {}
+  __device__ double near(double x) const { return std::exp(x * inv_t_); }
+  __device__ double operator()(double x) const { return std::exp(x * inv_t_); }
+
+ private:
+  double inv_t_;
+};
+template <>
+class Exp<float> {
+ public:
+  __device__ explicit Exp(double inv_t)
+      : hi_(static_cast<float>(inv_t * kLog2E)), lo_(static_cast<float>(inv_t * kLog2E - static_cast<double>(hi_))) {}
+  // NaN where x or x/T is infinite.
+  __device__ float near(float x) const { return of(x, x * hi_); }
+  __device__ float operator()(float x) const {
+    const float y = x * hi_;
+    return y < -150 ? 0 : y > 150 ? kInf<float> : of(x, y);
+  }
+
+ private:
+  static constexpr double kLog2E = 1.4426950408889634;
+  __device__ float of(float x, float y) const {
+    const float rest = std::fma(x, lo_, std::fma(x, hi_, -y)), e = exp2_approx(y);
+    return std::fma(e, rest * 0.69314718f, e);
+  }
+  float hi_, lo_;
+};
+
+// A sum that remembers what it rounds off (Kahan): as good as one in double, without the slow units for double.
+template <class A>
+struct Sum {
+  A hi = 0, lo = 0;
+
+  __device__ void add(A x) {
+    const A y = x + lo, t = hi + y;
+    lo = std::isfinite(t) ? y - (t - hi) : 0;
+    hi = t;
+  }
+  __device__ void operator*=(A f) { hi *= f, lo *= f; }
+  __device__ double value() const { return static_cast<double>(hi) + static_cast<double>(lo); }
+};
+
+// x = hi + lo to twice A's precision.
+template <class A>
+struct Split {
+  A hi, lo;
+  __device__ explicit Split(double x, double rest = 0)
+      : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
+};
+// a - b - c, rounded once relative to itself: Knuth's error-free difference keeps what a - b rounds off.
+template <class A>
+__device__ __forceinline__ A difference_minus(A a, A b, const Split<A>& c) {
+  const A d = a - b, back = a - d;
+  const A error = (a - (d + back)) + (back - b);
+  return (d - c.hi) + (error - c.lo);
+}
+
+}  // namespace torch_divergence::cuda

@@ -1,0 +1,309 @@
+// What the row-wise CUDA kernels share: teams of threads and their reductions, rows in 128-bit pieces, long rows split
+// over blocks.
+//
+// A row is worked on by a team: a warp where rows are short, else a block. Where rows are few and long, a row is split
+// into segments, a block each, and every reduction over the row ends a launch: the next launch merges the segments'
+// results, in their order, from a workspace. So all sums have a fixed order, without atomics and without waiting.
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cuda_math.cuh"
+#include "core/rows.h"
+
+namespace torch_divergence::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kThreads = 256;  // of a block
+inline constexpr int kWarps = kThreads / kWarp;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Team {
+  int size;  // kWarp or kThreads
+  int rank;
+
+  // x[n] becomes op over the team of x[n], for all of its threads. All must call.
+  template <class T, int N, class Op>
+  __device__ void reduce(T (&x)[N], const Op& op) const {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(kAllLanes, x[n], offset));
+    }
+    if (size == kWarp) return;
+    __shared__ T parts[kWarps][N];
+    if (rank % kWarp == 0) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) parts[rank / kWarp][n] = x[n];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      x[n] = parts[0][n];
+      for (int w = 1; w < kWarps; ++w) x[n] = op(x[n], parts[w][n]);
+    }
+    __syncthreads();  // the next reduction writes parts again
+  }
+  template <int N>
+  __device__ void sum(double (&x)[N]) const {
+    reduce(x, [](double a, double b) { return a + b; });
+  }
+  template <class A, int N>
+  __device__ void max(A (&x)[N]) const {
+    reduce(x, [](A a, A b) { return b > a ? b : a; });
+  }
+};
+
+// -- Rows in pieces -------------------------------------------------------------------------------------------------
+
+// How many classes a thread takes at once: 16 bytes of a half type.
+template <class A>
+inline constexpr int kPiece = sizeof(A) == 4 ? 8 : 4;
+
+// A type that is known when the kernel runs: float, Half or BFloat16.
+struct AnyFloat {};
+
+// 16 bytes of T in memory, as values of A. __ldg and __stwb because nvcc splits plain 128-bit accesses.
+template <class T>
+struct Pack {  // c10::Half, c10::BFloat16
+  static constexpr int kSize = 8;
+  template <class A>
+  __device__ static void load(const T* p, A* x) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+    const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      x[2 * k] = T(static_cast<uint16_t>(words[k] & 0xffffu), T::from_bits());
+      x[2 * k + 1] = T(static_cast<uint16_t>(words[k] >> 16), T::from_bits());
+    }
+  }
+  template <class A>
+  __device__ static void store(T* p, const A* x) {
+    unsigned words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      words[k] = static_cast<unsigned>(T(x[2 * k]).x) | static_cast<unsigned>(T(x[2 * k + 1]).x) << 16;
+    }
+    __stwb(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
+  }
+};
+template <>
+struct Pack<float> {
+  static constexpr int kSize = 4;
+  __device__ static void load(const float* p, float* x) {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(p));
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  }
+  __device__ static void store(float* p, const float* x) {
+    __stwb(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
+  }
+};
+template <>
+struct Pack<double> {
+  static constexpr int kSize = 2;
+  __device__ static void load(const double* p, double* x) {
+    const double2 v = __ldg(reinterpret_cast<const double2*>(p));
+    x[0] = v.x, x[1] = v.y;
+  }
+  __device__ static void store(double* p, const double* x) {
+    __stwb(reinterpret_cast<double2*>(p), make_double2(x[0], x[1]));
+  }
+};
+
+__device__ __forceinline__ int bytes_of(DType type) {
+  return type == DType::Double ? 8 : type == DType::Float ? 4 : 2;
+}
+
+// f(T()) for the type T that `type` names.
+template <class T, class F>
+__device__ __forceinline__ void with_type(DType type, const F& f) {
+  if constexpr (!std::is_same_v<T, AnyFloat>) {
+    f(T());
+  } else if (type == DType::Half) {
+    f(c10::Half());
+  } else if (type == DType::BFloat16) {
+    f(c10::BFloat16());
+  } else {
+    f(float());
+  }
+}
+
+// One row of an operand. Byte is char or const char.
+template <class Byte>
+struct RowPointer {
+  Byte* data = nullptr;  // null: no such operand
+  DType type = DType::Float;
+  int64_t stride = 1;
+  bool packed = false;  // pieces start at multiples of 16 bytes
+
+  RowPointer() = default;
+  template <class Rows>
+  __device__ RowPointer(const Rows& rows, int64_t row)
+      : data(static_cast<Byte*>(rows.data)), type(rows.dtype), stride(rows.layout.class_stride) {
+    if (data != nullptr) data += rows.layout.offset(row) * bytes_of(type);
+  }
+  // Entries between the last multiple of 16 bytes and the row's first one.
+  __device__ int lead() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16) / bytes_of(type); }
+  __device__ void align(int lead) {
+    packed = stride == 1 && (reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(lead * bytes_of(type))) % 16 == 0;
+  }
+};
+
+// Where the pieces of a row lie: piece g is [g K - lead, (g + 1) K - lead), cut to [0, classes). lead aligns as many
+// operands as agree; the others, and strided ones, are read entry by entry.
+struct Pieces {
+  int64_t classes;
+  int lead = 0;
+
+  template <class... Pointers>
+  __device__ explicit Pieces(int64_t classes_, Pointers&... operands) : classes(classes_) {
+    int size = 16;  // of the narrowest type, which has most entries in 16 bytes
+    const auto look = [&](const auto& x) {
+      if (x.data != nullptr && x.stride == 1 && bytes_of(x.type) < size) size = bytes_of(x.type), lead = x.lead();
+    };
+    (look(operands), ...);
+    (operands.align(lead), ...);
+  }
+  template <int K>
+  __device__ int64_t count() const {
+    return (lead + classes + K - 1) / K;
+  }
+};
+
+template <class T, class A, int K>
+__device__ __forceinline__ void load_piece(const RowPointer<const char>& row, const Pieces& pieces, int64_t piece,
+                                           A fill, A (&x)[K]) {
+  const int64_t at = piece * K - pieces.lead;
+  with_type<T>(row.type, [&](auto zero) {
+    using Entry = decltype(zero);
+    const Entry* const data = reinterpret_cast<const Entry*>(row.data);
+    if (row.packed && at >= 0 && at + K <= pieces.classes) {
+#pragma unroll
+      for (int k = 0; k < K; k += Pack<Entry>::kSize) Pack<Entry>::load(data + at + k, x + k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        x[k] = at + k >= 0 && at + k < pieces.classes ? static_cast<A>(data[(at + k) * row.stride]) : fill;
+    }
+  });
+}
+
+template <class T, class A, int K>
+__device__ __forceinline__ void store_piece(const RowPointer<char>& row, const Pieces& pieces, int64_t piece,
+                                            const A (&x)[K]) {
+  const int64_t at = piece * K - pieces.lead;
+  with_type<T>(row.type, [&](auto zero) {
+    using Entry = decltype(zero);
+    Entry* const data = reinterpret_cast<Entry*>(row.data);
+    if (row.packed && at >= 0 && at + K <= pieces.classes) {
+#pragma unroll
+      for (int k = 0; k < K; k += Pack<Entry>::kSize) Pack<Entry>::store(data + at + k, x + k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (at + k >= 0 && at + k < pieces.classes) data[(at + k) * row.stride] = static_cast<Entry>(x[k]);
+    }
+  });
+}
+
+template <class T, class A>
+__device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t at, A x) {
+  with_type<T>(row.type, [&](auto zero) {
+    using Entry = decltype(zero);
+    reinterpret_cast<Entry*>(row.data)[at * row.stride] = static_cast<Entry>(x);
+  });
+}
+
+// -- Rows over teams and blocks -------------------------------------------------------------------------------------
+
+// How the rows of a call are spread.
+struct RowGrid {
+  static constexpr int64_t kShort = 1024;     // classes up to which a warp takes a row
+  static constexpr int64_t kManyRows = 256;   // this many blocks keep a GPU busy
+  static constexpr int64_t kSegment = 8192;   // classes that are worth a block
+  static constexpr int kSlot = 8;             // doubles that a segment leaves for a reduction
+
+  int64_t rows, classes;
+  int64_t segment = 0;  // classes of one; 0: rows are not split
+  int segments = 1;
+
+  RowGrid(int64_t rows_, int64_t classes_) : rows(rows_), classes(classes_) {
+    if (rows >= kManyRows || classes < 2 * kSegment) return;
+    segment = (classes + kThreads * kSegment - 1) / (kThreads * kSegment) * kSegment;  // at most kThreads segments
+    segments = static_cast<int>((classes + segment - 1) / segment);
+  }
+  // Of doubles, for a kernel with so many reductions over the row.
+  int64_t workspace(int reductions) const { return segments == 1 ? 0 : rows * segments * reductions * kSlot; }
+  int64_t blocks() const {
+    return classes <= kShort ? (rows + kWarps - 1) / kWarps : rows * static_cast<int64_t>(segments);
+  }
+};
+
+// A team's part in one launch.
+class RowTask {
+ public:
+  Team team;
+  int64_t row;
+
+  // Reductions are numbered; launch k ends with the k-th. Without segments one launch does all.
+  __device__ RowTask(const RowGrid& grid, double* workspace, int launch)
+      : team{grid.classes <= RowGrid::kShort ? kWarp : kThreads, 0},
+        workspace_(workspace),
+        launch_(launch),
+        segments_(grid.segments),
+        segment_classes_(grid.segment) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t block = blockIdx.x;
+    if (team.size == kWarp) {
+      row = block * kWarps + thread / kWarp;
+    } else {
+      row = block / segments_;
+      segment_ = static_cast<int>(block % segments_);
+    }
+    team.rank = thread % team.size;
+    rows_ = grid.rows;
+  }
+  __device__ bool valid() const { return row < rows_; }
+  __device__ bool first_launch() const { return launch_ == 0; }
+  // The thread that writes what there is one of a row.
+  __device__ bool writes() const { return team.rank == 0 && segment_ == 0; }
+
+  // f(piece) for this thread's pieces of the row, or of the team's segment of it.
+  template <int K, class F>
+  __device__ __forceinline__ void for_pieces(const Pieces& pieces, const F& f) const {
+    const int64_t all = pieces.count<K>(), per = segments_ == 1 ? all : segment_classes_ / K;
+    const int64_t first = segment_ * per, last = segment_ + 1 == segments_ ? all : first + per;
+    for (int64_t piece = first + team.rank; piece < last; piece += team.size) f(piece);
+  }
+
+  // The sums of the whole row from part(), this thread's: merged() is of all threads' sums, or of all segments'.
+  // False: the sums are left to the next launch, and this one ends.
+  template <class Whole, class Part, class Merged>
+  __device__ __forceinline__ bool reduce(int number, Whole& whole, const Part& part, const Merged& merged) const {
+    if (segments_ == 1 || launch_ == number) {
+      whole = merged(part());
+      if (segments_ == 1) return true;
+      if (team.rank == 0) whole.store(slot(number, segment_));
+      return false;
+    }
+    if (launch_ < number) return false;  // a reduction before this one is not needed: its launch has nothing to do
+    Whole mine{};
+    if (team.rank < segments_) mine = Whole::load(slot(number, team.rank));
+    whole = merged(mine);
+    return true;
+  }
+
+ private:
+  __device__ double* slot(int number, int segment) const {
+    return workspace_ + ((number * rows_ + row) * segments_ + segment) * RowGrid::kSlot;
+  }
+  double* workspace_;
+  int launch_, segments_, segment_ = 0;
+  int64_t segment_classes_, rows_ = 0;
+};
+
+}  // namespace torch_divergence::cuda

@@ -1,0 +1,710 @@
+// CUDA kernels of KL divergence; formulas in kl_div.h, teams and rows in core/cuda_rows.cuh.
+//
+// Two families, as on the CPU. Both sides in logits: one visit of the row gives the far form and, around a centre
+// guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
+// Everything else, and the double backward: the plain formulas. All arithmetic on classes is in float (double for
+// double), with compensated sums; only what a team's threads leave is merged in double.
+#include <c10/util/Exception.h>
+
+#include <limits>
+
+#include "core/cuda_launch.cuh"
+#include "core/cuda_rows.cuh"
+#include "kl_div/kl_div.h"
+
+namespace torch_divergence::cuda {
+namespace {
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// 1/T as the arithmetic has it, wherever T scales: see the CPU kernels.
+template <class A>
+__device__ double inverse_temperature(double t) {
+  return static_cast<double>(static_cast<A>(1 / t));
+}
+
+template <class A>
+__device__ A phi_small(A u) {
+  return u * u * phi_over_square<A>(u, [](A a, A b, A c) { return std::fma(a, b, c); });
+}
+
+// A row's weight; NaN where it is none.
+__device__ double weight_of(const double* weight, int64_t row) {
+  if (weight == nullptr) return 1;
+  const double w = weight[row];
+  return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
+}
+
+__device__ void store_row(const KlDivForward& k, int64_t row, double weight, const KlDivStat& stat) {
+  stat.store(k.stat + KlDivStat::kSize * row);
+  const double loss = weight != 0 ? weight * stat.kl : 0;
+  if (k.loss_is_double) {
+    static_cast<double*>(k.loss)[row] = loss;
+  } else {
+    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
+  }
+}
+
+template <class T, class A, int K>
+__device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
+  if (row.data == nullptr) return;
+  const A zeros[K] = {};
+  task.for_pieces<K>(pieces, [&](int64_t piece) { store_piece<T>(row, pieces, piece, zeros); });
+}
+
+// -- Both sides in logits -------------------------------------------------------------------------------------------
+
+struct RowVisit : KlDivVisit<double> {
+  __device__ static RowVisit load(const double* x) {
+    RowVisit v;
+    v.max_p = x[0], v.max_q = x[1], v.sum_p = x[2], v.sum_q = x[3], v.shift = x[4], v.phi = x[5];
+    v.infinite = x[6] != 0;
+    return v;
+  }
+  __device__ void store(double* x) const {
+    x[0] = max_p, x[1] = max_q, x[2] = sum_p, x[3] = sum_q, x[4] = shift, x[5] = phi, x[6] = infinite ? 1 : 0;
+  }
+};
+
+template <class A>
+struct ThreadVisit : KlDivVisit<A, Sum<A>> {
+  using Base = KlDivVisit<A, Sum<A>>;
+  Split<A> centre;
+  double centre_hi, inv_t;
+  A scale, gain = 0;  // gain: q_to_p() of now
+  Exp<A> exp;
+
+  __device__ ThreadVisit(double centre_, double centre_lo, double inv_t_)
+      : centre(centre_, centre_lo), centre_hi(centre_), inv_t(inv_t_), scale(static_cast<A>(inv_t_)), exp(inv_t_) {}
+
+  template <int K>
+  __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
+    A top_p = t[0], top_q = s[0];
+#pragma unroll
+    for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
+    if (top_p > this->max_p || top_q > this->max_q) {
+      this->raise(top_p, top_q, centre_hi, inv_t);
+      gain = this->q_to_p(centre_hi, inv_t);
+    }
+    A sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const A x = exp.near(t[k] - this->max_p), y = exp.near(s[k] - this->max_q);
+      const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
+      const A near = x * phi_small(u), far = std::fma(y, gain, x_u - x);
+      sum_p += x, sum_q += y, shift += x_u;
+      phi += std::fabs(u) < A(0.5) ? near : far;
+    }
+    if (!std::isfinite(sum_p + sum_q + shift + phi)) masked(t, s, sum_p, sum_q, shift, phi);
+    this->sum_p.add(sum_p), this->sum_q.add(sum_q), this->shift.add(shift), this->phi.add(phi);
+  }
+
+ private:
+  // The same of classes among which there are infinities or NaN.
+  template <int K>
+  __device__ __forceinline__ void masked(const A (&t)[K], const A (&s)[K], A& sum_p, A& sum_q, A& shift, A& phi) {
+    sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const A x = t[k] == -kInf<A> ? 0 : exp(t[k] - this->max_p), y = s[k] == -kInf<A> ? 0 : exp(s[k] - this->max_q);
+      sum_p += x, sum_q += y;
+      if (s[k] == -kInf<A>) {
+        this->infinite = this->infinite || t[k] > -kInf<A>;
+      } else if (x == 0) {
+        phi += y * gain;
+      } else {
+        const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
+        shift += x_u;
+        phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, gain, x_u - x);
+      }
+    }
+  }
+};
+
+__device__ double value_of(double x) { return x; }
+template <class A>
+__device__ double value_of(const Sum<A>& x) {
+  return x.value();
+}
+
+template <class Visit>
+__device__ RowVisit merged(const Team& team, Visit visit, double centre, double inv_t) {
+  decltype(visit.max_p) top[2] = {visit.max_p, visit.max_q};
+  team.max(top);
+  visit.raise(top[0], top[1], centre, inv_t);
+  double sums[5] = {value_of(visit.sum_p), value_of(visit.sum_q), value_of(visit.shift), value_of(visit.phi),
+                    visit.infinite ? 1.0 : 0.0};
+  team.sum(sums);
+  RowVisit whole;
+  whole.max_p = top[0], whole.max_q = top[1];
+  whole.sum_p = sums[0], whole.sum_q = sums[1], whole.shift = sums[2], whole.phi = sums[3];
+  whole.infinite = sums[4] != 0;
+  return whole;
+}
+
+// Two rows of logits.
+template <class TP, class TQ>
+struct LogitRows {
+  using A = Arithmetic<TP>;
+  static constexpr int K = kPiece<A>;
+  RowPointer<const char> p, q;
+
+  __device__ void load(const Pieces& pieces, int64_t piece, A (&t)[K], A (&s)[K]) const {
+    load_piece<TP>(p, pieces, piece, -kInf<A>, t);
+    load_piece<TQ>(q, pieces, piece, -kInf<A>, s);
+  }
+
+  // E_p[t - s] over the row's first classes: one piece a thread.
+  __device__ double guess_centre(const Team& team, const Pieces& pieces, double inv_t) const {
+    A t[K], s[K], top[1] = {-kInf<A>};
+    const bool any = team.rank < pieces.count<K>();
+    if (any) {
+      load(pieces, team.rank, t, s);
+      for (int k = 0; k < K; ++k)
+        if (s[k] > -kInf<A> && t[k] > top[0]) top[0] = t[k];
+    }
+    team.max(top);
+    A mass = 0, mean = 0;
+    if (any) {
+      const Exp<A> exp(inv_t);
+      for (int k = 0; k < K; ++k)
+        if (s[k] > -kInf<A> && t[k] > -kInf<A>) {
+          const A x = exp(t[k] - top[0]);
+          mass += x, mean += x * (t[k] - s[k]);
+        }
+    }
+    double sums[2] = {static_cast<double>(mass), static_cast<double>(mean)};
+    team.sum(sums);
+    const A centre = static_cast<A>(sums[1] / sums[0]);
+    return std::isfinite(centre) ? static_cast<double>(centre) : 0;
+  }
+
+  // Sums over the row around a centre, as reduction `number` of the task.
+  __device__ bool visit(const RowTask& task, int number, const Pieces& pieces, double centre, double centre_lo,
+                        double inv_t, RowVisit& whole) const {
+    return task.reduce(
+        number, whole,
+        [&] {
+          ThreadVisit<A> sums(centre, centre_lo, inv_t);
+          task.for_pieces<K>(pieces, [&](int64_t piece) {
+            A t[K], s[K];
+            load(pieces, piece, t, s);
+            sums.add(t, s);
+          });
+          return sums;
+        },
+        [&](const auto& part) { return merged(task.team, part, centre, inv_t); });
+  }
+};
+
+template <class TP, class TQ>
+__global__ void __launch_bounds__(kThreads)
+    forward_logits(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
+  using Rows = LogitRows<TP, TQ>;
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  const double weight = weight_of(k.weight, task.row);
+  KlDivStat stat{};
+  if (weight != 0) {
+    Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+    const Pieces pieces(k.rows.classes, rows.p, rows.q);
+    const double inv_t = inverse_temperature<typename Rows::A>(k.rows.temperature), t = 1 / inv_t;
+    const double centre = rows.guess_centre(task.team, pieces, inv_t);
+    RowVisit visit;
+    if (!rows.visit(task, 0, pieces, centre, 0, inv_t, visit)) return;
+    if (!visit.finish(centre, 0, t, stat)) {
+      const double mean = stat.mean, mean_lo = stat.mean_lo;
+      if (!rows.visit(task, 1, pieces, mean, mean_lo, inv_t, visit)) return;
+      visit.finish(mean, mean_lo, t, stat);
+    }
+  }
+  if (task.writes()) store_row(k, task.row, weight, stat);
+}
+
+// The class with more than half of P's mass, and the sums of the other classes' gradients.
+struct Peak {
+  double at = -1;
+  double others_p = 0, others_q = 0;
+
+  __device__ static Peak load(const double* x) { return {x[0], x[1], x[2]}; }
+  __device__ void store(double* x) const { x[0] = at, x[1] = others_p, x[2] = others_q; }
+};
+__device__ Peak merged(const Team& team, const Peak& part) {
+  double at[1] = {part.at}, others[2] = {part.others_p, part.others_q};
+  team.max(at);
+  team.sum(others);
+  return {at[0], others[0], others[1]};
+}
+
+template <class TP, class TQ>
+__global__ void __launch_bounds__(kThreads)
+    backward_logits(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
+  using Rows = LogitRows<TP, TQ>;
+  using A = typename Rows::A;
+  constexpr int K = Rows::K;
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
+  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
+  const double coefficient = k.coefficient[task.row];
+  if (coefficient == 0) {
+    if (!task.first_launch()) return;
+    store_zeros<TP, A, K>(task, grad_p, pieces);
+    store_zeros<TQ, A, K>(task, grad_q, pieces);
+    return;
+  }
+  auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
+  const double inv = inverse_temperature<A>(k.rows.temperature);
+  const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
+             infinite = std::isinf(stat.kl);
+  // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
+  // from: the far form takes the mean's error, E_p[u], from a second look.
+  if (want_p && !near && !infinite) {
+    RowVisit visit;
+    if (!rows.visit(task, 0, pieces, stat.mean, stat.mean_lo, inv, visit)) return;
+    stat.set_mean(stat.mean, stat.mean_lo + visit.shift / visit.sum_p / inv);
+  }
+  Peak peak;
+  const auto part = [&] {
+    const Split<A> centre(stat.mean, stat.mean_lo), lse_p(stat.lse_p), lse_q(stat.lse_q);
+    const Exp<A> exp(inv);
+    const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
+            factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
+            c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
+    int64_t at = -1;
+    Sum<A> others_p, others_q;
+    task.for_pieces<K>(pieces, [&](int64_t piece) {
+      A t[K], s[K], x[K], u[K];
+      rows.load(pieces, piece, t, s);
+#pragma unroll
+      for (int i = 0; i < K; ++i) {
+        x[i] = exp(t[i] - lse_p.hi) * factor_p;
+        u[i] = difference_minus(t[i], s[i], centre) * inv_t;
+        if (x[i] > A(0.5)) at = piece * K - pieces.lead + i;
+      }
+      A g[K], others = 0;
+      if (want_p) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+          g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * u[i];
+          others += x[i] > A(0.5) ? 0 : g[i];
+        }
+        others_p.add(others);
+        store_piece<TP>(grad_p, pieces, piece, g);
+      }
+      if (want_q) {
+        others = 0;
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+          const A v = u[i] + kl;
+          g[i] = c * (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v)
+                                                    : exp(s[i] - lse_q.hi) * factor_q - x[i]);
+          others += x[i] > A(0.5) ? 0 : g[i];
+        }
+        others_q.add(others);
+        store_piece<TQ>(grad_q, pieces, piece, g);
+      }
+    });
+    return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
+  };
+  if (!task.reduce(1, peak, part, [&](const Peak& x) { return merged(task.team, x); })) return;
+  if (peak.at < 0) return;
+  __syncwarp();  // a team that is one warp has met no barrier since the class was written
+  if (!task.writes()) return;
+  const auto at = static_cast<int64_t>(peak.at);
+  if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-peak.others_p));
+  if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-peak.others_q));
+}
+
+// -- Any space ------------------------------------------------------------------------------------------------------
+
+// T logsumexp(x/T) of a row.
+struct Lse {
+  double max = -std::numeric_limits<double>::infinity(), sum = 0;
+
+  __device__ static Lse load(const double* x) { return {x[0], x[1]}; }
+  __device__ void store(double* x) const { x[0] = max, x[1] = sum; }
+  __device__ void finish(double t, double& lse, double& lse_lo) const {
+    if (!(sum > 0)) {
+      lse = std::numeric_limits<double>::quiet_NaN();
+      return;
+    }
+    const ExactSum exact = two_sum(max, t * std::log(sum));
+    lse = exact.sum, lse_lo = exact.error;
+  }
+};
+__device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
+  double top[1] = {part.max};
+  team.max(top);
+  double sum[1] = {part.sum};
+  if (part.max != top[0]) sum[0] *= std::exp((part.max - top[0]) * inv_t);
+  team.sum(sum);
+  return {top[0], sum[0]};
+}
+
+template <int N>
+struct Sums {
+  double x[N] = {};
+
+  __device__ static Sums load(const double* from) {
+    Sums sums;
+    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
+    return sums;
+  }
+  __device__ void store(double* to) const {
+    for (int n = 0; n < N; ++n) to[n] = x[n];
+  }
+};
+template <int N>
+__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
+  team.sum(sums.x);
+  return sums;
+}
+
+// One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
+template <class A>
+struct Side {
+  int space;
+  A inv_t, log_lo, factor, padding;
+  Split<A> lse;
+  Exp<A> exp;
+
+  __device__ Side(int space_, double inv_t_, double lse_, double lse_lo)
+      : space(space_),
+        inv_t(static_cast<A>(inv_t_)),
+        log_lo(0),
+        factor(1),
+        padding(space_ == kProbs ? A(0) : -kInf<A>),
+        lse(lse_, lse_lo),
+        exp(space_ == kLogits ? inv_t_ : 1) {
+    log_lo = static_cast<A>(static_cast<double>(lse.lo) * inv_t_);
+    factor = static_cast<A>(std::exp(-static_cast<double>(lse.lo) * inv_t_));
+  }
+  __device__ void read(A v, A& prob, A& log_prob) const {
+    if (space == kProbs) {
+      prob = v, log_prob = std::log(v);
+    } else if (space == kLogits) {
+      const A above = v - lse.hi;
+      log_prob = above * inv_t - log_lo, prob = exp(above) * factor;
+    } else {
+      log_prob = v, prob = exp(v);
+    }
+  }
+};
+
+// log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
+template <class A>
+__device__ A log_ratio(bool both_probs, A p, A q, A log_p, A log_q) {
+  if (!both_probs) return log_p - log_q;
+  if (p < 0 || q < 0) return std::numeric_limits<A>::quiet_NaN();
+  const A relative = (p - q) / q, ratio = p / q;
+  if (std::fabs(relative) < A(0.5)) return std::log1p(relative);
+  constexpr A kBig = A(1e30);
+  return ratio > 1 / kBig && ratio < kBig ? std::log(ratio) : log_p - log_q;
+}
+
+// Gradient of KL with respect to each side's entries, before the row's coefficient. l_kl = l - KL.
+template <class A>
+__device__ A gradient_p(const Side<A>& side, bool infinite, A p, A l, A l_kl) {
+  if (p == 0 || (side.space == kLogits && infinite)) return 0;
+  if (side.space == kLogits) return p * l_kl * side.inv_t;
+  return side.space == kProbs ? l + 1 : p * (l + 1);
+}
+template <class A>
+__device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
+  if (side.space == kLogits) return (q * mass - p) * side.inv_t;
+  if (side.space == kLogProbs) return -p;
+  return p == 0 ? 0 : -p / q;
+}
+
+// Both rows, by class: T is AnyFloat or double.
+template <class T>
+struct AnyRows {
+  using A = Arithmetic<T>;
+  static constexpr int K = kPiece<A>;
+  RowPointer<const char> p, q;
+
+  // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
+  template <class F>
+  __device__ void for_classes(const Pieces& pieces, int64_t piece, const Side<A>& p_side, const Side<A>& q_side,
+                              const F& f) const {
+    A t[K], s[K];
+    load_piece<T>(p, pieces, piece, p_side.padding, t);
+    load_piece<T>(q, pieces, piece, q_side.padding, s);
+    const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      A x, log_x, y, log_y;
+      p_side.read(t[k], x, log_x);
+      q_side.read(s[k], y, log_y);
+      f(x, y, log_x, log_y, log_ratio(both_probs, x, y, log_x, log_y), k);
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
+  using Rows = AnyRows<T>;
+  using A = typename Rows::A;
+  constexpr int K = Rows::K;
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  const double weight = weight_of(k.weight, task.row);
+  KlDivStat stat{};
+  if (weight != 0) {
+    Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+    const Pieces pieces(k.rows.classes, rows.p, rows.q);
+    const double inv = inverse_temperature<A>(k.rows.temperature);
+    if (k.rows.p_space == kLogits || k.rows.q_space == kLogits) {
+      const RowPointer<const char>& logits = k.rows.p_space == kLogits ? rows.p : rows.q;
+      Lse lse;
+      const auto part = [&] {
+        const Exp<A> exp(inv);
+        A max = -kInf<A>;
+        Sum<A> sum;
+        task.for_pieces<K>(pieces, [&](int64_t piece) {
+          A v[K];
+          load_piece<T>(logits, pieces, piece, -kInf<A>, v);
+          A top = max;
+#pragma unroll
+          for (int i = 0; i < K; ++i) top = v[i] > top ? v[i] : top;
+          if (top > max) sum *= exp(max - top), max = top;
+          A part_sum = 0;
+#pragma unroll
+          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<A> ? 0 : exp(v[i] - max);
+          sum.add(part_sum);
+        });
+        return Lse{static_cast<double>(max), sum.value()};
+      };
+      if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
+      lse.finish(1 / inv, k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q, stat.mean_lo);
+    }
+    const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+        q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
+    Sums<2> sums;
+    const auto part = [&] {
+      Sum<A> kl, mass;
+      task.for_pieces<K>(pieces, [&](int64_t piece) {
+        A kl_part = 0, mass_part = 0;
+        rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A, A log_x, A log_y, A l, int) {
+          // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
+          const A absent = log_x > -kInf<A> && log_y == -kInf<A> ? kInf<A> : std::isnan(log_y) ? log_y : A(0);
+          kl_part += x == 0 ? absent : x * l;
+          mass_part += x;
+        });
+        kl.add(kl_part), mass.add(mass_part);
+      });
+      return Sums<2>{{kl.value(), mass.value()}};
+    };
+    if (!task.reduce(1, sums, part, [&](const Sums<2>& x) { return merged(task.team, x); })) return;
+    stat.kl = sums.x[0], stat.mean = sums.x[1];
+  }
+  if (task.writes()) store_row(k, task.row, weight, stat);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    backward_any(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
+  using Rows = AnyRows<T>;
+  using A = typename Rows::A;
+  constexpr int K = Rows::K;
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
+  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
+  const double coefficient = k.coefficient[task.row];
+  if (coefficient == 0) {
+    store_zeros<T, A, K>(task, grad_p, pieces);
+    store_zeros<T, A, K>(task, grad_q, pieces);
+    return;
+  }
+  const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
+  const double inv = inverse_temperature<A>(k.rows.temperature);
+  const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+      q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
+  const A c = static_cast<A>(coefficient), kl = static_cast<A>(stat.kl), mass = static_cast<A>(stat.mean);
+  const bool infinite = std::isinf(stat.kl);
+  task.for_pieces<K>(pieces, [&](int64_t piece) {
+    A g_p[K], g_q[K];
+    rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A y, A, A, A l, int i) {
+      g_p[i] = c * gradient_p(p_side, infinite, x, l, l - kl);
+      g_q[i] = c * gradient_q(q_side, mass, x, y);
+    });
+    if (grad_p.data != nullptr) store_piece<T>(grad_p, pieces, piece, g_p);
+    if (grad_q.data != nullptr) store_piece<T>(grad_q, pieces, piece, g_q);
+  });
+}
+
+// With dots for derivatives along (v_p, v_q):  (log p). = (v - <p,v>)/T | v | v/p  for logits | log_probs | probs,
+// p. = p (log p). (v for probs), l. = (log p). - (log q)., and
+//   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
+//   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
+// KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    double_backward(const KlDivDoubleBackward k, const RowGrid grid, double* workspace, int launch) {
+  using Rows = AnyRows<T>;
+  using A = typename Rows::A;
+  constexpr int K = Rows::K;
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  RowPointer<const char> v_p(k.v_p, task.row), v_q(k.v_q, task.row);
+  RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
+  const Pieces pieces(k.rows.classes, rows.p, rows.q, v_p, v_q, d_p, d_q);
+  const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
+  const double inv = inverse_temperature<A>(k.rows.temperature), coefficient = k.coefficient[task.row];
+  const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
+  const double rest = both_logits ? 0 : stat.mean_lo;
+  const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, rest), q_side(k.rows.q_space, inv, stat.lse_q, rest);
+  const Split<A> centre(stat.mean, stat.mean_lo);
+  const A kl = static_cast<A>(stat.kl), inv_t = static_cast<A>(inv),
+          mass = both_logits ? A(1) : static_cast<A>(stat.mean);
+
+  A off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
+  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
+  const auto for_classes = [&](int64_t piece, const auto& f) {
+    A t[K], s[K], a[K] = {}, b[K] = {};
+    load_piece<T>(rows.p, pieces, piece, p_side.padding, t);
+    load_piece<T>(rows.q, pieces, piece, q_side.padding, s);
+    if (v_p.data != nullptr) load_piece<T>(v_p, pieces, piece, A(0), a);
+    if (v_q.data != nullptr) load_piece<T>(v_q, pieces, piece, A(0), b);
+    const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      A x, log_x, y, log_y;
+      p_side.read(t[i], x, log_x);
+      q_side.read(s[i], y, log_y);
+      // From logits l - KL = u, from the exact difference.
+      const A l = log_ratio(both_probs, x, y, log_x, log_y),
+              u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
+      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<A>);
+    }
+  };
+  Sums<3> means;
+  const auto part_means = [&] {
+    Sum<A> mean_p, mean_q, mean_u;
+    task.for_pieces<K>(pieces, [&](int64_t piece) {
+      A part_p = 0, part_q = 0, part_u = 0;
+      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int, bool) {
+        part_p += p_side.space == kProbs ? a : p * a;
+        part_q += q_side.space == kProbs ? b : q * b;
+        part_u += p == 0 ? 0 : p * u;
+      });
+      mean_p.add(part_p), mean_q.add(part_q), mean_u.add(part_u);
+    });
+    return Sums<3>{{mean_p.value(), mean_q.value(), mean_u.value()}};
+  };
+  if (!task.reduce(0, means, part_means, [&](const auto& x) { return merged(task.team, x); })) return;
+  if (both_logits && !infinite) off_centre = static_cast<A>(means.x[2]);
+  Sums<2> dots;
+  const auto part_dots = [&] {
+    Sum<A> dot_p, dot_q;
+    task.for_pieces<K>(pieces, [&](int64_t piece) {
+      A part_p = 0, part_q = 0;
+      for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int, bool) {
+        A g_q = gradient_q(q_side, mass, p, q);
+        if (both_logits && std::fabs(l) < A(0.5)) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
+        part_p += a == 0 ? 0 : a * gradient_p(p_side, infinite, p, l, u);
+        part_q += b == 0 ? 0 : b * g_q;
+      });
+      dot_p.add(part_p), dot_q.add(part_q);
+    });
+    return Sums<2>{{dot_p.value(), dot_q.value()}};
+  };
+  if (!task.reduce(1, dots, part_dots, [&](const auto& x) { return merged(task.team, x); })) return;
+  if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = dots.x[0] + dots.x[1];
+  if (coefficient == 0) {
+    store_zeros<T, A, K>(task, d_p, pieces);
+    store_zeros<T, A, K>(task, d_q, pieces);
+    return;
+  }
+  if (d_p.data == nullptr && d_q.data == nullptr) return;
+  const A c = static_cast<A>(coefficient), mean_p = static_cast<A>(means.x[0]), mean_q = static_cast<A>(means.x[1]),
+          kl_dot = static_cast<A>(dots.x[0] + dots.x[1]), mass_dot = p_side.space == kLogits ? A(0) : mean_p;
+  task.for_pieces<K>(pieces, [&](int64_t piece) {
+    A h_p[K], h_q[K];
+    for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i, bool none_q) {
+      A log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
+      if (p == 0) log_p_dot = 0;
+      const A p_dot = p_side.space == kProbs ? a : p * log_p_dot;
+      A log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
+      if (none_q) log_q_dot = 0;
+      const A l_dot = log_p_dot - log_q_dot;
+      if (p == 0 || (p_side.space == kLogits && infinite)) {
+        h_p[i] = 0;
+      } else if (p_side.space == kLogits) {
+        h_p[i] = c * ((p_dot * u + p * (l_dot - kl_dot)) * inv_t);
+      } else {
+        h_p[i] = c * (p_side.space == kLogProbs ? p_dot * (l + 1) + p * l_dot : l_dot);
+      }
+      if (q_side.space == kLogits) {
+        h_q[i] = c * ((q * (log_q_dot * mass + mass_dot) - p_dot) * inv_t);
+      } else if (q_side.space == kLogProbs) {
+        h_q[i] = c * -p_dot;
+      } else {
+        h_q[i] = none_q ? c * A(0) : c * ((p * log_q_dot - p_dot) / q);
+      }
+    });
+    if (d_p.data != nullptr) store_piece<T>(d_p, pieces, piece, h_p);
+    if (d_q.data != nullptr) store_piece<T>(d_q, pieces, piece, h_q);
+  });
+}
+
+// -- Launchers ------------------------------------------------------------------------------------------------------
+
+constexpr int kReductions = 2;
+
+template <class Call>
+void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, int64_t rows, double* workspace,
+                 Stream stream, int reductions = kReductions) {
+  if (rows == 0) return;
+  const RowGrid grid(rows, call.rows.classes);
+  const int64_t blocks = grid.blocks();
+  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "torch_divergence: ", rows, " rows are more than CUDA's grid");
+  const int launches = grid.segments == 1 ? 1 : reductions + 1;
+  for (int launch = 0; launch < launches; ++launch)
+    TD_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, call, grid, workspace, launch);
+}
+
+// f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it runs.
+template <class F>
+void dispatch_types(const RowPair& rows, const F& f) {
+  const DType type = rows.p.dtype;
+  if (type == DType::Double) return f.template operator()<double, double>();
+  if (type != rows.q.dtype) return f.template operator()<AnyFloat, AnyFloat>();
+  if (type == DType::Half) return f.template operator()<c10::Half, c10::Half>();
+  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16, c10::BFloat16>();
+  return f.template operator()<float, float>();
+}
+
+}  // namespace
+
+int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kReductions); }
+
+void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stream stream) {
+  if (!k.rows.from_logits())
+    return launch_rows(k.rows.p.dtype == DType::Double ? &forward_any<double> : &forward_any<AnyFloat>, k, rows,
+                       workspace, stream);
+  dispatch_types(k.rows,
+                 [&]<class TP, class TQ>() { launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream); });
+}
+
+void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, Stream stream) {
+  if (!k.rows.from_logits())
+    return launch_rows(k.rows.p.dtype == DType::Double ? &backward_any<double> : &backward_any<AnyFloat>, k, rows,
+                       workspace, stream, 0);
+  dispatch_types(k.rows,
+                 [&]<class TP, class TQ>() { launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream); });
+}
+
+void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
+  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
+              workspace, stream);
+}
+
+}  // namespace torch_divergence::cuda

@@ -1,0 +1,199 @@
+"""Seeded bugs: breaks the CUDA kernels in one place at a time and tells which check notices.
+
+    mutants.py                every mutant        mutants.py --sample 6     six, spread over the list
+    mutants.py --only 'barrier|stride'            mutants.py --list
+
+MUTATIONS removes or shifts every barrier, guard, boundary, rescaling, stride, rounding-up, shuffle and shared array of
+every .cu and .cuh in turn. Each mutant goes into the emulated tests twice: without the checker, so that only values can
+tell, and with it. Exits with 1 where a mutant survives both that EQUIVALENT does not explain.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvcc
+
+CSRC = nvcc.ROOT / "csrc"
+EMULATOR = nvcc.HERE / "emulator"
+# Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
+CASES = ("odd", "a_piece", "a_block", "more_than_a_block", "misaligned_differently", "strided", "mask_both", "kl_1e_3")
+FILTER = ":".join([*(f"*/{name}" for name in CASES), "*Logits/split_odd_far", "*Logits/kl_30", "KlDivCudaCentre.*"])
+
+INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
+MUTATIONS = (
+    ("barrier removed", r"\b__sync(?:threads|warp)\(\);", ";"),
+    ("guard always true", rf"\bif \(({INNER})\)", "if (true)"),
+    ("guard always false", rf"\bif \(({INNER})\)", "if (false)"),
+    ("first choice always", r"(?<=[=(] )(\w[^=?(){};,]*) \? |(?<=\()(\w[^=?(){};,]*) \? ", "true ? "),
+    ("boundary one up", r"(?<=[\w)]) < (?=[\w(])", " <= "),
+    ("boundary one down", r"(?<=[\w)]) >= (?=\w)", " > "),
+    ("rescaling removed", r"(?<=\) )\w+ \*= [^;,]+(?=[;,])|(?<=^ {4})\w+ \*= [^;,]+(?=[;,])", "(void)0"),
+    ("factor removed", r" \* (?:factor|factor_p|factor_q|scale|gain)\b", ""),
+    ("stride dropped", r" \* (?:row\.)?stride\b", ""),
+    ("stride shifted", r"(?<=\+= )(?:team\.)?size\b", "team.size + 1"),
+    ("rounding up dropped", r" \+ (?:K|kWarps|kSegment|segment) - 1\b", ""),
+    ("lead forgotten", r" - pieces\.lead\b", ""),
+    ("shuffle begins half-way", r"= kWarp / 2;", "= kWarp / 4;"),
+    ("shuffle without half of the lanes", r"= 0xffffffffu;", "= 0x0000ffffu;"),
+    ("shared array one short", r"(?<=parts\[kWarps)\]", " - 1]"),
+    ("first entry skipped", r"\bint (w|k|i) = 0;", r"int \1 = 1;"),
+)
+# Survivors that change nothing: (mutation, the line as it was, without spaces at its ends): why.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    mutation: str
+    file: Path  # in csrc
+    line: int
+    before: str
+    after: str
+    text: str  # of the whole file
+
+    def __str__(self) -> str:
+        return f"{self.mutation}, {self.file.name}:{self.line}: {self.before}"
+
+    @property
+    def explanation(self) -> str | None:
+        return EQUIVALENT.get((self.mutation, self.before))
+
+
+def mutants() -> Iterator[Mutant]:
+    for path in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")]):
+        text = path.read_text()
+        code = re.sub(r"//[^\n]*|^#[^\n]*", lambda m: " " * len(m[0]), text, flags=re.M)  # same places, no comments
+        for mutation, pattern, replacement in MUTATIONS:
+            for m in re.finditer(pattern, code, re.M):
+                mutated = text[: m.start()] + m.expand(replacement) + text[m.end() :]
+                start = text.rfind("\n", 0, m.start()) + 1
+                before, after = (t[start : t.find("\n", m.start())].strip() for t in (text, mutated))
+                yield Mutant(
+                    mutation, path.relative_to(CSRC), text.count("\n", 0, m.start()) + 1, before, after, mutated
+                )
+
+
+class Bench:
+    """Compiles what all mutants share once; then one file and two links a mutant."""
+
+    COMMON = ("-std=c++20", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+    CHECKER = "-fsanitize=thread,bounds,alignment,shift,signed-integer-overflow"
+    TOUCH = "_ZN4simt5touchEPKvmbS1_"  # how __ldg and __stwb tell the checker; the compiler's own calls need CHECKER
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.torch = nvcc.torch_folder()
+        (folder / "silent.cpp").write_text(
+            f'extern "C" void __wrap_{self.TOUCH}(const void*, unsigned long, bool, const void*) {{}}\n'
+        )
+        for name, source in (
+            ("simt", EMULATOR / "simt.cpp"),
+            ("tests", nvcc.HERE / "test_kl_div_cuda.cpp"),
+            ("silent", folder / "silent.cpp"),
+        ):
+            self.compile(source, folder / f"{name}.o", CSRC, "-O2")
+
+    def compile(self, source: Path, target: Path, csrc: Path, *flags: str) -> str:
+        include = (f"-I{csrc}", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{self.torch / 'include'}")
+        command = ["c++", *self.COMMON, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    def verdict(self, mutant: Mutant | None, rules: bool, seconds: int = 240) -> str:
+        csrc = self.folder / "csrc"
+        shutil.rmtree(csrc, ignore_errors=True)
+        shutil.copytree(CSRC, csrc)
+        if mutant is not None:
+            (csrc / mutant.file).write_text(mutant.text)
+        kernels, program = self.folder / "kernels.o", self.folder / "program"
+        kernels.unlink(missing_ok=True)
+        self.compile(csrc / "kl_div" / "kl_div_cuda.cu", kernels, csrc, "-O1", *([self.CHECKER] if rules else []))
+        if not kernels.exists():
+            return "does not compile"
+        objects = [kernels, *(self.folder / f"{name}.o" for name in ("simt", "tests", "silent"))]
+        wrap = [] if rules else [f"-Wl,--wrap={self.TOUCH}"]
+        link = ["c++", *objects, *wrap, "-o", program, "-lgtest_main", "-lgtest", "-ldl", f"-L{self.torch / 'lib'}"]
+        subprocess.run([*link, "-lc10", f"-Wl,-rpath,{self.torch / 'lib'}"], check=True)
+        try:
+            run = subprocess.run(
+                [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={FILTER}"],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        return classify(run.returncode, run.stdout + run.stderr)
+
+
+RULES = (
+    ("race", r"\brace\b"),
+    ("not initialised", r"never written|uninitialised|not written|earlier block"),
+    ("bounds", r"outside|out of bounds|no buffer|array index"),
+    ("alignment", r"misaligned|alignment"),
+    ("barrier", r"barrier|deadlock|lane|mask|warp operation"),
+    ("value", r"expected|Expected|Actual|Which"),
+)
+
+
+def classify(status: int, output: str) -> str:
+    if status == 0:
+        return "-"
+    if status < 0:
+        return "crash"
+    return next((kind for kind, pattern in RULES if re.search(pattern, output)), "error")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--only")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if options.only is None or re.search(options.only, str(m))]
+    if options.sample is not None and options.sample < len(chosen):
+        chosen = [chosen[n * len(chosen) // options.sample] for n in range(options.sample)]
+    if options.list:
+        print(*chosen, sep="\n")
+        print(len(chosen), "mutants")
+        return 0
+    seen: Counter[str] = Counter()
+    survivors, by_rule_alone = [], 0
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        bench = Bench(Path(folder))
+        unbroken = [bench.verdict(None, rules) for rules in (False, True)]
+        if unbroken != ["-", "-"]:
+            print("the unbroken kernels fail:", unbroken)
+            return 1
+        print("| mutant | values alone | with the rules |\n|---|---|---|")
+        for mutant in chosen:
+            values = bench.verdict(mutant, rules=False)
+            if values == "does not compile":
+                seen["do not compile"] += 1
+                continue
+            ruled = bench.verdict(mutant, rules=True)
+            if values == ruled == "-":
+                survivors.append(mutant)
+            by_rule_alone += values == "-" and ruled not in ("-", "value")
+            seen["caught" if ruled != "-" or values != "-" else "survived"] += 1
+            note = f" ({mutant.explanation})" if values == ruled == "-" and mutant.explanation else ""
+            print(f"| {str(mutant).replace('|', '¦')} | {values} | {ruled}{note} |", flush=True)
+    unexplained = [m for m in survivors if m.explanation is None]
+    print(f"\n{dict(seen)}; {by_rule_alone} by a rule while the values were right; {len(unexplained)} unexplained")
+    for mutant in unexplained:
+        print("SURVIVED", mutant)
+    return bool(unexplained)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
