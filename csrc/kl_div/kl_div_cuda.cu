@@ -55,6 +55,7 @@ __device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, co
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
+// A row's sums, as a segment leaves them.
 struct RowVisit : KlDivVisit<double> {
   __device__ static RowVisit load(const double* x) {
     RowVisit v;
@@ -67,59 +68,68 @@ struct RowVisit : KlDivVisit<double> {
   }
 };
 
+// A thread's sums, and those of one piece.
 template <class A>
-struct ThreadVisit : KlDivVisit<A, Sum<A>> {
-  using Base = KlDivVisit<A, Sum<A>>;
-  Split<A> centre;
-  double centre_hi, inv_t;
-  A scale, gain = 0;  // gain: q_to_p() of now
-  Exp<A> exp;
+class ThreadVisit {
+ public:
+  KlDivVisit<A, Sum<A>> sums;
 
-  __device__ ThreadVisit(double centre_, double centre_lo, double inv_t_)
-      : centre(centre_, centre_lo), centre_hi(centre_), inv_t(inv_t_), scale(static_cast<A>(inv_t_)), exp(inv_t_) {}
+  __device__ ThreadVisit(double centre, double centre_lo, double inv_t)
+      : centre_(centre, centre_lo), rough_centre_(centre), inv_t_(inv_t), scale_(static_cast<A>(inv_t)), exp_(inv_t) {}
 
   template <int K>
   __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
     A top_p = t[0], top_q = s[0];
 #pragma unroll
     for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
-    if (top_p > this->max_p || top_q > this->max_q) {
-      this->raise(top_p, top_q, centre_hi, inv_t);
-      gain = this->q_to_p(centre_hi, inv_t);
+    if (top_p > sums.max_p || top_q > sums.max_q) {
+      sums.raise(top_p, top_q, rough_centre_, inv_t_);
+      q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
     }
-    A sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+    Piece piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const A x = exp.near(t[k] - this->max_p), y = exp.near(s[k] - this->max_q);
-      const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
-      const A near = x * phi_small(u), far = std::fma(y, gain, x_u - x);
-      sum_p += x, sum_q += y, shift += x_u;
-      phi += std::fabs(u) < A(0.5) ? near : far;
+      const A x = exp_.near(t[k] - sums.max_p), y = exp_.near(s[k] - sums.max_q);
+      piece.p += x, piece.q += y;
+      add_near(piece, t[k], s[k], x, y);
     }
-    if (!std::isfinite(sum_p + sum_q + shift + phi)) masked(t, s, sum_p, sum_q, shift, phi);
-    this->sum_p.add(sum_p), this->sum_q.add(sum_q), this->shift.add(shift), this->phi.add(phi);
+    if (!std::isfinite(piece.p + piece.q + piece.shift + piece.phi)) piece = masked(t, s);
+    sums.sum_p.add(piece.p), sums.sum_q.add(piece.q), sums.shift.add(piece.shift), sums.phi.add(piece.phi);
   }
 
  private:
-  // The same of classes among which there are infinities or NaN.
+  struct Piece {
+    A p = 0, q = 0, shift = 0, phi = 0;
+  };
+
+  __device__ __forceinline__ void add_near(Piece& piece, A t, A s, A x, A y) const {
+    const A u = difference_minus(t, s, centre_) * scale_, x_u = x * u;
+    piece.shift += x_u;
+    piece.phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, q_to_p_, x_u - x);
+  }
+  // The sums of classes among which there are infinities or NaN.
   template <int K>
-  __device__ __forceinline__ void masked(const A (&t)[K], const A (&s)[K], A& sum_p, A& sum_q, A& shift, A& phi) {
-    sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+  __device__ __forceinline__ Piece masked(const A (&t)[K], const A (&s)[K]) {
+    Piece piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const A x = t[k] == -kInf<A> ? 0 : exp(t[k] - this->max_p), y = s[k] == -kInf<A> ? 0 : exp(s[k] - this->max_q);
-      sum_p += x, sum_q += y;
+      const A x = t[k] == -kInf<A> ? 0 : exp_(t[k] - sums.max_p), y = s[k] == -kInf<A> ? 0 : exp_(s[k] - sums.max_q);
+      piece.p += x, piece.q += y;
       if (s[k] == -kInf<A>) {
-        this->infinite = this->infinite || t[k] > -kInf<A>;
+        sums.infinite = sums.infinite || t[k] > -kInf<A>;
       } else if (x == 0) {
-        phi += y * gain;
+        piece.phi += y * q_to_p_;
       } else {
-        const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
-        shift += x_u;
-        phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, gain, x_u - x);
+        add_near(piece, t[k], s[k], x, y);
       }
     }
+    return piece;
   }
+
+  Split<A> centre_;
+  double rough_centre_, inv_t_;
+  A scale_, q_to_p_ = 0;
+  Exp<A> exp_;
 };
 
 __device__ double value_of(double x) { return x; }
@@ -186,13 +196,13 @@ struct LogitRows {
     return task.reduce(
         number, whole,
         [&] {
-          ThreadVisit<A> sums(centre, centre_lo, inv_t);
+          ThreadVisit<A> visit(centre, centre_lo, inv_t);
           task.for_pieces<K>(pieces, [&](int64_t piece) {
             A t[K], s[K];
             load(pieces, piece, t, s);
-            sums.add(t, s);
+            visit.add(t, s);
           });
-          return sums;
+          return visit.sums;
         },
         [&](const auto& part) { return merged(task.team, part, centre, inv_t); });
   }
