@@ -2,8 +2,9 @@
 //
 // Two families, as on the CPU. Both sides in logits: one visit of the row gives the far form and, around a centre
 // guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
-// Everything else, and the double backward: the plain formulas. All arithmetic on classes is in float (double for
-// double), with compensated sums; only what a team's threads leave is merged in double.
+// Its arithmetic on classes, and that of its double backward, is in float (double for double), with compensated sums;
+// only what a team's threads leave is merged in double. Everything else: the plain formulas in double, which nothing
+// less makes as accurate where P and Q are near each other.
 #include <c10/util/Exception.h>
 
 #include <limits>
@@ -157,7 +158,7 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
 template <class TP, class TQ>
 struct LogitRows {
   using A = Arithmetic<TP>;
-  static constexpr int K = kPiece<A>;
+  static constexpr int K = kPiece<TP>;
   RowPointer<const char> p, q;
 
   __device__ void load(const Pieces& pieces, int64_t piece, A (&t)[K], A (&s)[K]) const {
@@ -432,8 +433,8 @@ __device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
 // Both rows, by class: T is AnyFloat or double.
 template <class T>
 struct AnyRows {
-  using A = Arithmetic<T>;
-  static constexpr int K = kPiece<A>;
+  using A = double;
+  static constexpr int K = kPiece<T>;
   RowPointer<const char> p, q;
 
   // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
@@ -467,7 +468,7 @@ __global__ void __launch_bounds__(kThreads)
   if (weight != 0) {
     Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
-    const double inv = inverse_temperature<A>(k.rows.temperature);
+    const double inv = 1 / k.rows.temperature;
     if (k.rows.p_space == kLogits || k.rows.q_space == kLogits) {
       const RowPointer<const char>& logits = k.rows.p_space == kLogits ? rows.p : rows.q;
       Lse lse;
@@ -533,7 +534,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
-  const double inv = inverse_temperature<A>(k.rows.temperature);
+  const double inv = 1 / k.rows.temperature;
   const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
       q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
   const A c = static_cast<A>(coefficient), kl = static_cast<A>(stat.kl), mass = static_cast<A>(stat.mean);
@@ -554,18 +555,16 @@ __global__ void __launch_bounds__(kThreads)
 //   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
 //   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
 // KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
-template <class T>
+template <class T, class A>
 __global__ void __launch_bounds__(kThreads)
     double_backward(const KlDivDoubleBackward k, const RowGrid grid, double* workspace, int launch) {
-  using Rows = AnyRows<T>;
-  using A = typename Rows::A;
-  constexpr int K = Rows::K;
+  constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
   RowPointer<const char> v_p(k.v_p, task.row), v_q(k.v_q, task.row);
   RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, v_p, v_q, d_p, d_q);
+  const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const double inv = inverse_temperature<A>(k.rows.temperature), coefficient = k.coefficient[task.row];
   const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
@@ -579,8 +578,8 @@ __global__ void __launch_bounds__(kThreads)
   // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
   const auto for_classes = [&](int64_t piece, const auto& f) {
     A t[K], s[K], a[K] = {}, b[K] = {};
-    load_piece<T>(rows.p, pieces, piece, p_side.padding, t);
-    load_piece<T>(rows.q, pieces, piece, q_side.padding, s);
+    load_piece<T>(row_p, pieces, piece, p_side.padding, t);
+    load_piece<T>(row_q, pieces, piece, q_side.padding, s);
     if (v_p.data != nullptr) load_piece<T>(v_p, pieces, piece, A(0), a);
     if (v_q.data != nullptr) load_piece<T>(v_q, pieces, piece, A(0), b);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
@@ -713,8 +712,10 @@ void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, St
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream);
+  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double, double>
+              : k.rows.from_logits()          ? &double_backward<AnyFloat, float>
+                                              : &double_backward<AnyFloat, double>,
+              k, rows, workspace, stream);
 }
 
 }  // namespace torch_divergence::cuda
