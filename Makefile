@@ -102,6 +102,8 @@ pytest-capabilities: build
 # The CUDA kernels' source on the emulated device of tests/cuda/emulator, in place of the CPU's, for the tests of the
 # operators too: all of their values and derivatives but what takes minutes there (large rows, many of them).
 EMULATED := build/emulated/site
+EMULATED_TESTS := test_reference_file or test_mpmath or test_dtypes or peaked or far_apart or masked or test_row_weight or \
+  test_first_order or test_derivatives_at_masks or test_mixed_dtypes or test_hessian or test_through_weights
 test-cuda: build
 	$(call say,CUDA kernels on an emulated device)
 	ctest --test-dir build --output-on-failure --no-tests=error -L cuda
@@ -112,7 +114,7 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
+	pytest -q tests/test_values.py tests/test_gradients.py -k "$(EMULATED_TESTS)"
 
 # The same C++ project against a CMake install and against a wheel unpacked beside torch, as pip would.
 INSTALL := $(CURDIR)/build/install-test
