@@ -129,8 +129,13 @@ struct BuresDistance : torch::autograd::Function<BuresDistance> {
     return g.unsqueeze(-1).unsqueeze(-1) * (at::eye_symint(map.sym_size(-1), map.options()) - map);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
-    const auto s = ctx->get_saved_variables();
-    const auto &cov1 = s[0], &cov2 = s[1], &map12 = s[2], &map21 = s[3], &y1 = s[4], &y2 = s[5], &sigma = s[6];
+    auto s = ctx->get_saved_variables();
+    const auto &cov1 = s[0], &cov2 = s[1];
+    // A node saves its outputs before they get their tangents.
+    if (torch::autograd::isFwGradDefined(cov1) || torch::autograd::isFwGradDefined(cov2))
+      std::tie(std::ignore, s[2], s[3], s[4], s[5], s[6]) =
+          bures(cov1, cov2, ctx->saved_data["rank_tolerance"].toDouble());
+    const auto &map12 = s[2], &map21 = s[3], &y1 = s[4], &y2 = s[5], &sigma = s[6];
     Tensor d1, d2;
     const auto add = [](Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; };
     const auto &g = incoming[0], &g12 = incoming[1], &g21 = incoming[2];
