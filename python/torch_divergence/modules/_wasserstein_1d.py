@@ -23,12 +23,12 @@ class Wasserstein1dLoss(torch.nn.Module):
         >>> import torch, torch_divergence as td
         >>> criterion = td.Wasserstein1dLoss(p=2)
         >>> criterion
-        Wasserstein1dLoss(p=2, dim=-1, reduction='mean')
+        Wasserstein1dLoss(p=2, dim=-1, reduction='none')
         >>> u = torch.randn(8, 10, requires_grad=True)
-        >>> criterion(u, torch.randn(8, 12)).backward()
+        >>> criterion(u, torch.randn(8, 12)).mean().backward()
     """
 
-    def __init__(self, *, p: float = 1, dim: int = -1, reduction: Reduction = "mean") -> None:
+    def __init__(self, *, p: float = 1, dim: int = -1, reduction: Reduction = "none") -> None:
         super().__init__()
         self.p = p
         self.dim = dim

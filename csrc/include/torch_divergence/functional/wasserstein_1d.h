@@ -17,7 +17,7 @@ struct TD_API Wasserstein1dOptions {
   TORCH_ARG(double, p) = 1.0;
   /// The dimension of the points. A tensor of one dimension has no other and is shared by all rows of the rest.
   TORCH_ARG(std::int64_t, dim) = -1;
-  /// None returns one value a row; Sum and Mean return a scalar. `Wasserstein1dLoss` starts from Mean.
+  /// None returns one value a row; Sum and Mean return a scalar.
   TORCH_ARG(Reduction, reduction) = Reduction::None;
 };
 

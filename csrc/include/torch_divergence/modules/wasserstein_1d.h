@@ -13,15 +13,15 @@
 
 namespace torch_divergence {
 
-/// `wasserstein_1d` as a module; formula, shapes, conventions and errors are documented there. Its default reduction is
-/// Mean. The weights belong to a batch and are arguments of `forward`. There are no parameters and no buffers.
+/// `wasserstein_1d` as a module; formula, shapes, conventions and errors are documented there. The
+/// weights belong to a batch and are arguments of `forward`. There are no parameters and no buffers.
 ///
 /// Example:
 ///
 ///     torch_divergence::Wasserstein1dLoss criterion;
-///     criterion(u, v).backward();
+///     criterion(u, v).mean().backward();
 struct TD_API Wasserstein1dLossImpl : torch::nn::Cloneable<Wasserstein1dLossImpl> {
-  explicit Wasserstein1dLossImpl(Wasserstein1dOptions options_ = Wasserstein1dOptions().reduction(Reduction::Mean));
+  explicit Wasserstein1dLossImpl(Wasserstein1dOptions options_ = {});
 
   /// There is no state to reset.
   void reset() override;
