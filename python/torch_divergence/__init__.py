@@ -30,8 +30,8 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.functional import cross_entropy, entropy, kl_div  # noqa: E402
+from torch_divergence.modules import CrossEntropyLoss, EntropyLoss, KLDivLoss  # noqa: E402
 
 _transforms.register()
 
@@ -55,10 +55,14 @@ def empty_cache() -> None:
 
 
 __all__ = [
+    "CrossEntropyLoss",
+    "EntropyLoss",
     "KLDivLoss",
     "__version__",
     "cmake_prefix_path",
+    "cross_entropy",
     "empty_cache",
+    "entropy",
     "functional",
     "kl_div",
     "modules",

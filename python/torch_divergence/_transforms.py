@@ -8,16 +8,22 @@ from torch import Tensor
 
 # Operators on rows: their tensors hold one entry or one distribution a row, so a batch dimension in front of each
 # tensor argument only makes more rows.
-ROW_WISE = ("_kl_div", "_kl_div_backward", "_kl_div_double_backward")
+ROW_WISE = tuple(
+    name + suffix
+    for name in ("_kl_div", "_cross_entropy", "_cross_entropy_labels", "_entropy")
+    for suffix in ("", "_backward", "_double_backward")
+)
 
 
-def _batched_rows(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, tuple[int | None, ...]]:
+def _batched_rows(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, int | tuple[int | None, ...]]:
     def to_front(arg: Any, dim: int | None) -> Any:
         if not isinstance(arg, Tensor):
             return arg
         return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
     outputs = op(*(to_front(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+    if isinstance(outputs, Tensor):
+        return outputs, 0
     # The operators with a mask take it last. What it leaves out is returned as an empty tensor, without a batch.
     mask = args[-1] if isinstance(args[-1], Sequence) else [True] * len(outputs)
     return outputs, tuple(0 if wanted else None for wanted in mask)
@@ -26,7 +32,7 @@ def _batched_rows(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tup
 def _register(name: str) -> None:
     op = getattr(torch.ops.torch_divergence, name)
 
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, tuple[int | None, ...]]:
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, int | tuple[int | None, ...]]:
         return _batched_rows(op, info, in_dims, *args)
 
     torch.library.register_vmap(f"torch_divergence::{name}", rule)
