@@ -69,9 +69,16 @@ inline LogSum log_sum(const void* x, DType type, int64_t classes, double t, ForE
 }
 
 TD_INLINE double entry(const void* x, DType type, int64_t i) {
-  double lanes[kLanes<double>];
-  load_any(x, type, i, 1, 0.0).store(lanes);
-  return lanes[0];
+  switch (type) {
+    case DType::Double:
+      return static_cast<const double*>(x)[i];
+    case DType::Half:
+      return static_cast<double>(static_cast<float>(static_cast<const c10::Half*>(x)[i]));
+    case DType::BFloat16:
+      return static_cast<double>(static_cast<float>(static_cast<const c10::BFloat16*>(x)[i]));
+    default:
+      return static_cast<double>(static_cast<const float*>(x)[i]);
+  }
 }
 
 // The first entry equal to `value`, or 0 where there is none (NaN).

@@ -427,14 +427,14 @@ struct LabelTarget {
 };
 
 LabelStat free_label_row(const LabelRows& rows, const void* x, int64_t label, ForEach columns) {
-  const Scores side(rows.x.dtype, rows.space, rows.temperature, {});
   const double at_label = entry(x, rows.x.dtype, label), s = rows.smoothing;
+  const bool probs = rows.space == kProbs;
   // Of the other classes without smoothing only a NaN counts.
   const auto sums = sums_of_columns<1>(
       rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
-        D given, q, n;
-        side.read(x, i, count, given, q, n);
-        lanes[0] = lanes[0] + (s != 0 ? without_padding(n, count) : select(n.isnan(), n, D(0.0)));
+        const D zero(0.0), given = load_any(x, rows.x.dtype, i, count, probs ? 1.0 : 0.0);
+        const D n = zero - (probs ? given.log() : given);
+        lanes[0] = lanes[0] + (s != 0 ? n : select(n.isnan(), n, zero));
       });
   LabelStat stat{};
   stat.at_label = rows.space == kProbs ? -std::log(at_label) : -at_label;
