@@ -1,5 +1,5 @@
-// The operators and autograd Functions of a loss L of one distribution a row, with at most one constant tensor beside it
-// (class labels): the counterpart of row_divergence.h for a single differentiable tensor.
+// The operators and autograd Functions of a loss L of one distribution a row, with at most one constant tensor beside
+// it (class labels): the counterpart of row_divergence.h for a single differentiable tensor.
 //
 //   _x                  rows of loss and their statistics              (differentiable: Value)
 //   _x_backward         the gradient                                   (differentiable: Gradient)
@@ -13,9 +13,9 @@
 //   kValueNode, kGradientNode, ...            names that grad_fn shows
 //   Rows, kStatSize, kLossStat                kernel argument, doubles a row, which of them is the loss
 //   rows(x, constants..., options...) -> Rows
-//   constant(constant, x, used) -> constant   as the kernels read it, checked where used[row] is not 0 (null: everywhere)
-//   forward_kernel() ...                      of the processor at hand
-//   double_backward_composite(...)            the double backward in ATen operators, for derivatives beyond the second
+//   constant(constant, x, used) -> constant   as the kernels read it, checked where used[row] is not 0 (null:
+//   everywhere) forward_kernel() ...                      of the processor at hand double_backward_composite(...) the
+//   double backward in ATen operators, for derivatives beyond the second
 #pragma once
 #include "core/row_divergence.h"
 #include "core/single_row.h"
@@ -92,12 +92,13 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     auto d_x = mask[1] ? empty_like_large(x) : nothing_like(x);
     with_checked(
         [&](const auto&... ready) {
-          const SingleRowDoubleBackward<Rows> call{L::rows(x, ready..., options...),
-                                                   rows_in(v),
-                                                   coefficient.template const_data_ptr<double>(),
-                                                   statistics.template const_data_ptr<double>(),
-                                                   mask[0] ? d_coefficient.template mutable_data_ptr<double>() : nullptr,
-                                                   mask[1] ? rows_out(d_x) : RowsOut{}};
+          const SingleRowDoubleBackward<Rows> call{
+              L::rows(x, ready..., options...),
+              rows_in(v),
+              coefficient.template const_data_ptr<double>(),
+              statistics.template const_data_ptr<double>(),
+              mask[0] ? d_coefficient.template mutable_data_ptr<double>() : nullptr,
+              mask[1] ? rows_out(d_x) : RowsOut{}};
           run(L::double_backward_kernel(), call, coefficient.numel());
         },
         x, coefficient.template const_data_ptr<double>(), constant...);
@@ -258,8 +259,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   }
   static Tensors2 double_backward_autograd(const Tensor& v, const Tensor& grad, const Tensor& x, C... constant,
                                            const Tensor& stat, O... options, Mask2 mask) {
-    if (is_differentiated(v, grad, x))
-      return L::double_backward_composite(v, grad, x, constant..., options..., mask);
+    if (is_differentiated(v, grad, x)) return L::double_backward_composite(v, grad, x, constant..., options..., mask);
     const at::AutoDispatchBelowADInplaceOrView below;
     return double_backward(v, grad, x, constant..., stat, options..., mask);
   }

@@ -1,5 +1,5 @@
-// Negative log-probabilities that keep their digits beside a probability near 1, in double, for operands of any type and
-// space. Internal to each *_cpu.cpp that includes it.
+// Negative log-probabilities that keep their digits beside a probability near 1, in double, for operands of any type
+// and space. Internal to each *_cpu.cpp that includes it.
 //
 // With logits x, top = max x and log_z = log sum_j e^((x_j - top)/T):   -log p_j = (top - x_j)/T + log_z.
 // Both terms are non-negative, and log_z = log1p(what the other classes add) is as accurate as they are, however little
@@ -47,9 +47,8 @@ inline LogSum log_sum(const void* x, DType type, int64_t classes, double t, ForE
       const int64_t n = std::min(kChunk, last - c);
       D hi(-kInf<double>);
       for_lanes<double>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            hi = max_of(load_any(x, type, c + i, count, -kInf<double>), hi);
-          });
+          n, [&](int64_t i, auto count)
+                 __attribute__((always_inline)) { hi = max_of(load_any(x, type, c + i, count, -kInf<double>), hi); });
       part.raise(max_lane(hi), inv_t);
       const D top(finite_or_zero(part.top)), zero(0.0), one(1.0);
       D ties(0.0), below(0.0);

@@ -116,9 +116,8 @@ struct LabelOps {
     return ready;
   }
   static Rows rows(const Tensor& x, const Tensor& labels, int64_t space, double temperature, double smoothing) {
-    return {{rows_in(x), static_cast<int>(space), x.size(-1), temperature},
-            labels.const_data_ptr<int64_t>(),
-            smoothing};
+    return {
+        {rows_in(x), static_cast<int>(space), x.size(-1), temperature}, labels.const_data_ptr<int64_t>(), smoothing};
   }
   static auto forward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_forward); }
   static auto backward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_backward); }

@@ -1,20 +1,20 @@
 // Cross-entropy: the formulas, once, and the signatures of its kernels. Included by g++ and nvcc; no ATen.
 //
-// H(P', Q) = sum_j p'_j n_j with n_j = -log q_j, Q the input and P' = (1 - s) P + s/K the target P mixed with the uniform
-// distribution over the K classes (label smoothing s: Szegedy et al., "Rethinking the Inception Architecture for Computer
-// Vision", 2016). x and t are the entries of Q and P as given, T the temperature.
+// H(P', Q) = sum_j p'_j n_j with n_j = -log q_j, Q the input and P' = (1 - s) P + s/K the target P mixed with the
+// uniform distribution over the K classes (label smoothing s: Szegedy et al., "Rethinking the Inception Architecture
+// for Computer Vision", 2016). x and t are the entries of Q and P as given, T the temperature.
 //
 // From logits n_j = (top - x_j)/T + log_z with top = max x and log_z = log sum_j e^((x_j - top)/T), both non-negative:
-// every term of the loss is, so nothing cancels, and log_z = log1p(what is beside the largest entry) keeps the digits of
-// a loss of 1e-12. With M' = sum_j p'_j (1 from logits), N = sum_j p_j n_j and l = log p - log q:
+// every term of the loss is, so nothing cancels, and log_z = log1p(what is beside the largest entry) keeps the digits
+// of a loss of 1e-12. With M' = sum_j p'_j (1 from logits), N = sum_j p_j n_j and l = log p - log q:
 //
 //   side     logits                     log_probs      probs
 //   Q        (q M' - p')/T              -p'            -p'/q
 //   P        (1 - s) p (n - N)/T        (1 - s) p n    (1 - s) n
 //
-// n - N of P's gradient comes from differences of x around its entry at P's largest class, where P's entry is -sum of the
-// others. q - p between two sides in logits is p expm1(-l) for |l| < 1/2, with l = u + log1p(E_p[expm1(-u)]) and
-// u = (t - x - c)/T from the error-free difference, c that at P's largest class.
+// n - N of P's gradient comes from differences of x around its entry at P's largest class, where P's entry is -sum of
+// the others. q - p between two sides in logits is p expm1(-l) for |l| < 1/2, with l = u + log1p(E_p[expm1(-u)]) and u
+// = (t - x - c)/T from the error-free difference, c that at P's largest class.
 //
 // A class label y is P = onehot(y). From logits, with a = (lse of the others - x_y)/T:
 //
@@ -82,8 +82,8 @@ struct LabelRows : SingleRow {
 
 // What a row leaves for its backward.
 struct LabelStat {
-  double base;    // logits: the largest entry of the classes other than y
-  double log_z;   // logits: log sum_j e^((x_j - base)/T), y included
+  double base;      // logits: the largest entry of the classes other than y
+  double log_z;     // logits: log sum_j e^((x_j - base)/T), y included
   double at_label;  // n_y
   double loss;
 
@@ -98,8 +98,7 @@ using LabelBackward = SingleRowBackward<LabelRows>;
 using LabelValueAndGrad = SingleRowValueAndGrad<LabelRows>;
 using LabelDoubleBackward = SingleRowDoubleBackward<LabelRows>;
 
-TD_DECLARE_CPU_KERNEL(cross_entropy_labels_forward,
-                      (const LabelForward&, int64_t begin, int64_t end, ForEach columns))
+TD_DECLARE_CPU_KERNEL(cross_entropy_labels_forward, (const LabelForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(cross_entropy_labels_backward,
                       (const LabelBackward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(cross_entropy_labels_value_and_grad,

@@ -1,7 +1,8 @@
 // CPU kernels of cross-entropy. Compiled once per instruction set (CPU_CAPABILITY); formulas in cross_entropy.h.
 //
-// Class labels over logits: SIMD in float (double for double inputs), half types widened in registers, memory read once.
-// With label smoothing, where q - p' may be small beside both, in double. Everything else: SIMD in double for all types.
+// Class labels over logits: SIMD in float (double for double inputs), half types widened in registers, memory read
+// once. With label smoothing, where q - p' may be small beside both, in double. Everything else: SIMD in double for all
+// types.
 #include "cross_entropy/cross_entropy.h"
 
 #include <algorithm>
@@ -438,7 +439,8 @@ LabelStat free_label_row(const LabelRows& rows, const void* x, int64_t label, Fo
       });
   LabelStat stat{};
   stat.at_label = rows.space == kProbs ? -std::log(at_label) : -at_label;
-  stat.loss = (s == 1 ? 0 : (1 - s) * stat.at_label) + (s != 0 ? s / static_cast<double>(rows.classes) : 1) * sums.of[0];
+  stat.loss =
+      (s == 1 ? 0 : (1 - s) * stat.at_label) + (s != 0 ? s / static_cast<double>(rows.classes) : 1) * sums.of[0];
   return stat;
 }
 
@@ -642,8 +644,7 @@ void cross_entropy_labels_value_and_grad(const LabelValueAndGrad& k, int64_t beg
       if constexpr (std::is_same_v<A, T> && !kSmooth) {
         return label_value_and_grad_row(k.rows, x, grad, label, coefficient, columns, max_of_chunk.get());
       } else {
-        const LabelStat stat =
-            label_row<A, kSmooth>(k.rows, x, label, columns, static_cast<A*>(nullptr), nullptr);
+        const LabelStat stat = label_row<A, kSmooth>(k.rows, x, label, columns, static_cast<A*>(nullptr), nullptr);
         label_gradient_row<A, kSmooth>(k.rows, x, grad, label, stat, coefficient, columns);
         return stat;
       }

@@ -1,5 +1,5 @@
-// Entropy: operators, checks, and what core/row_function.h needs to make them. The formulas are in entropy.h, the kernels
-// in entropy_cpu.cpp.
+// Entropy: operators, checks, and what core/row_function.h needs to make them. The formulas are in entropy.h, the
+// kernels in entropy_cpu.cpp.
 #include "entropy/entropy.h"
 
 #include <ATen/core/Tensor.h>

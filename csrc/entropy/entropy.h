@@ -5,8 +5,9 @@
 //
 //   -log p_j = n_j + log_z >= 0,     H = sum_j p_j (n_j + log_z),     dH/dx = p (n - m)/T
 //
-// Nothing cancels: log_z = log1p(sum of the other classes), and at the largest entry, whose gradient is minus the sum of
-// the others, n is exactly 0. Other spaces are free variables: dH = -p (x + 1) for log_probs, -(log x + 1) for probs.
+// Nothing cancels: log_z = log1p(sum of the other classes), and at the largest entry, whose gradient is minus the sum
+// of the others, n is exactly 0. Other spaces are free variables: dH = -p (x + 1) for log_probs, -(log x + 1) for
+// probs.
 //
 // Along v, with v' = (v - E_p[v])/T and m. = E_p[v' n]: the Hessian product is p (v' (n - m) - v' - m.)/T from logits,
 // -(p v (x + 1) + p v) for log_probs, -v/x for probs.
