@@ -23,6 +23,7 @@ from loss import (
     to_numpy,
     to_space,
 )
+from losses.cross_entropy import CROSS_ENTROPY
 from losses.kl_div import KL_DIV
 from torch import Tensor
 
@@ -45,7 +46,7 @@ __all__ = [
     "to_space",
 ]
 
-LOSSES = (KL_DIV,)
+LOSSES = (KL_DIV, CROSS_ENTROPY)
 
 ALL_OPTIONS = [Case(loss, options) for loss in LOSSES for options in loss.spaces()]
 TRANSFORMS = [Case(loss, options) for loss in LOSSES for options in loss.transforms]

@@ -84,6 +84,7 @@ class Loss:
     differentiable: tuple[int, ...] = (0, 1)
     value_and_grad: bool = True
     inplace_grad: bool = True
+    divergence: bool = True  # 0 where both sides are equal, with their Fisher matrix as Hessian
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         return getattr(td, self.name)(*tensors, **options)

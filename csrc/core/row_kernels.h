@@ -293,8 +293,8 @@ TD_INLINE Pair sum_columns(int64_t classes, ForEach columns, const F& f) {
       [](Pair& total, const Pair& part) { total.a += part.a, total.b += part.b; });
 }
 
-template <class Rows>
-TD_INLINE void store_loss(const RowPairForward<Rows>& k, int64_t row, double loss) {
+template <class Forward>
+TD_INLINE void store_loss(const Forward& k, int64_t row, double loss) {
   if (k.loss_is_double) {
     static_cast<double*>(k.loss)[row] = loss;
   } else {

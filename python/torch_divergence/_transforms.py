@@ -14,15 +14,17 @@ ROW_WISE = (
     "_fisher_vector_product",
     "_gaussian_kl",
     "_gaussian_kl_backward",
-    "_kl_div",
-    "_kl_div_backward",
-    "_kl_div_double_backward",
     "_transport_flow",
     "_transport_potentials",
     "_wasserstein_1d",
     "_wasserstein_1d_backward",
     "_wasserstein_1d_tree",
     "_wasserstein_tree",
+    *(
+        name + suffix
+        for name in ("_cross_entropy", "_cross_entropy_labels", "_entropy", "_js_div", "_kl_div", "_kl_div_topk")
+        for suffix in ("", "_backward", "_double_backward")
+    ),
 )
 
 

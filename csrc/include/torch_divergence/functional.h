@@ -7,6 +7,8 @@
 
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
+#include <torch_divergence/functional/cross_entropy.h>
+#include <torch_divergence/functional/entropy.h>
 #include <torch_divergence/functional/fisher_vector_product.h>
 #include <torch_divergence/functional/gan.h>
 #include <torch_divergence/functional/gaussian_kl.h>

@@ -1,6 +1,8 @@
 """The losses as functions. Prediction first, target second, as in ``torch.nn.functional``; the rest by keyword."""
 
 from torch_divergence.functional._common import Direction, Reduction, Space
+from torch_divergence.functional._cross_entropy import cross_entropy
+from torch_divergence.functional._entropy import entropy
 from torch_divergence.functional._fisher_vector_product import fisher_vector_product
 from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss, gan_generator_loss, gan_js_estimate
 from torch_divergence.functional._gaussian_kl import gaussian_kl, gaussian_kl_full
@@ -25,6 +27,8 @@ __all__ = [
     "Reduction",
     "Space",
     "TrustRegionResult",
+    "cross_entropy",
+    "entropy",
     "fisher_vector_product",
     "gan_discriminator_loss",
     "gan_generator_loss",

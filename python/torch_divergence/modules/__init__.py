@@ -1,5 +1,7 @@
 """The losses as modules: what does not change between batches is set once, at construction."""
 
+from torch_divergence.modules._cross_entropy import CrossEntropyLoss
+from torch_divergence.modules._entropy import EntropyLoss
 from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._gaussian_kl import GaussianKLFullLoss, GaussianKLLoss
 from torch_divergence.modules._kl_div import KLDivLoss
@@ -11,6 +13,8 @@ from torch_divergence.modules._wasserstein_1d import Wasserstein1dLoss
 from torch_divergence.modules._wgan import WassersteinGANLoss
 
 __all__ = [
+    "CrossEntropyLoss",
+    "EntropyLoss",
     "GANLoss",
     "GaussianKLFullLoss",
     "GaussianKLLoss",

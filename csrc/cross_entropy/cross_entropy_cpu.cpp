@@ -1,0 +1,663 @@
+// CPU kernels of cross-entropy. Compiled once per instruction set (CPU_CAPABILITY); formulas in cross_entropy.h.
+//
+// Class labels over logits: SIMD in float (double for double inputs), half types widened in registers, memory read
+// once. With label smoothing, where q - p' may be small beside both, in double. Everything else: SIMD in double for all
+// types.
+#include "cross_entropy/cross_entropy.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/row_scores.h"
+
+namespace torch_divergence::cpu::CPU_CAPABILITY {
+namespace {
+
+// -- The target is a distribution -----------------------------------------------------------------------------------
+
+// Both sides of a row with what its statistics tell of them.
+struct Distributions {
+  const CrossEntropyRows& rows;
+  const void* const p;
+  const void* const q;
+  Scores p_side, q_side;
+  Split<double> centre;
+  D inv_t, base, near, uniform, keep;
+  bool both_logits;
+
+  Distributions(const CrossEntropyRows& rows_, const void* p_, const void* q_, const CrossEntropyStat& stat)
+      : rows(rows_),
+        p(p_),
+        q(q_),
+        p_side(rows.p.dtype, rows.p_space, rows.temperature, {stat.top_p, stat.log_z_p}),
+        q_side(rows.q.dtype, rows.q_space, rows.temperature, {stat.top_q, stat.log_z_q}),
+        centre(centre_of(stat)),
+        inv_t(1 / rows.temperature),
+        base(stat.base),
+        near(stat.near),
+        uniform(rows.smoothing / static_cast<double>(rows.classes)),
+        keep(1 - rows.smoothing),
+        both_logits(rows.from_logits()) {}
+
+  struct Entry {
+    D t, x, p, q, n_p, n;
+  };
+  template <class Count>
+  TD_INLINE Entry read(int64_t i, Count count) const {
+    Entry e;
+    p_side.read(p, i, count, e.t, e.p, e.n_p);
+    q_side.read(q, i, count, e.x, e.q, e.n);
+    return e;
+  }
+  // n around its value at P's largest class; for P in logits.
+  TD_INLINE D around(const Entry& e) const { return q_side.space == kLogits ? (base - e.x) * inv_t : e.n + base; }
+  // u of both sides in logits
+  TD_INLINE D difference(const Entry& e) const { return difference_minus(e.t, e.x, centre) * inv_t; }
+  // p'
+  TD_INLINE D target(const Entry& e) const { return rows.smoothing == 0 ? e.p : e.p * keep + uniform; }
+  // Gradients of an entry, before the row's coefficient.
+  TD_INLINE D gradient_q(const Entry& e, double mass) const {
+    const D zero(0.0), mixed = target(e);
+    if (q_side.space == kLogits) {
+      D gap = e.q * D(mass) - mixed;
+      if (both_logits && rows.smoothing == 0) {
+        const D l = difference(e) + near;
+        gap = select(l.abs() < D(0.5), e.p * (zero - l).expm1(), gap);
+      }
+      return gap * inv_t;
+    }
+    if (q_side.space == kLogProbs) return zero - mixed;
+    return select(mixed == zero, zero, zero - mixed / e.q);
+  }
+  TD_INLINE D gradient_p(const Entry& e, const CrossEntropyStat& stat) const {
+    const D zero(0.0);
+    if (p_side.space == kLogits) {
+      if (std::isinf(stat.plain)) return zero;
+      return select(e.p == zero, zero, e.p * (around(e) - D(stat.mean)) * inv_t * keep);
+    }
+    const D g = p_side.space == kLogProbs ? share(e.p, e.n) : e.n;
+    return select((e.p == zero) & (e.n == D(kInf<double>)), zero, g * keep);  // a class that neither side has
+  }
+
+ private:
+  static Split<double> centre_of(const CrossEntropyStat& stat) {
+    const ExactSum c = two_sum(stat.top_p, -stat.base);
+    return Split<double>(c.sum, c.error);
+  }
+};
+
+// sum p' where P is in its own space
+TD_INLINE double mixed_mass(const CrossEntropyRows& rows, const CrossEntropyStat& stat) {
+  return (1 - rows.smoothing) * stat.mass + rows.smoothing;
+}
+
+CrossEntropyStat distribution_row(const CrossEntropyRows& rows, const void* p, const void* q, ForEach columns) {
+  CrossEntropyStat stat{};
+  const double t = rows.temperature, infinity = std::numeric_limits<double>::infinity();
+  const auto sum_side = [&](const void* x, const RowsIn& side, double& top, double& log_z) {
+    const LogSum sum = log_sum(x, side.dtype, rows.classes, t, columns);
+    top = sum.top, log_z = sum.log_z;
+  };
+  if (rows.p_space == kLogits) sum_side(p, rows.p, stat.top_p, stat.log_z_p);
+  if (rows.q_space == kLogits) sum_side(q, rows.q, stat.top_q, stat.log_z_q);
+  if (rows.p_space == kLogits) {
+    const double x = entry(q, rows.q.dtype, index_of(p, rows.p.dtype, rows.classes, stat.top_p));
+    stat.base = rows.q_space == kProbs ? std::log(x) : x;
+  }
+  const Distributions row(rows, p, q, stat);
+  const D zero(0.0), inf(infinity);
+  const auto sums = sums_of_columns<5>(
+      rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+        const auto e = row.read(i, count);
+        // A p that only underflowed meets q = 0 with +inf.
+        lanes[0] = lanes[0] + select((e.p == zero) & (e.n_p < inf) & (e.n == inf), inf, share(e.p, e.n));
+        if (rows.p_space == kLogits) {
+          lanes[1] = lanes[1] + share(e.p, row.around(e));
+        } else {
+          lanes[2] = lanes[2] + e.p;
+        }
+        if (rows.smoothing != 0) lanes[3] = lanes[3] + without_padding(e.n, count);
+        if (row.both_logits) {
+          // E_p[expm1(-u)]; far from 0 as p e^-u - p, with p e^-u = e^((x - base)/T - log_z_p), right where p is 0 too.
+          const D u = row.difference(e), grown = ((e.x - row.base) * row.inv_t - D(stat.log_z_p)).exp();
+          lanes[4] = lanes[4] + select(u.abs() < D(0.5), e.p * (zero - u).expm1(), grown - e.p);
+        }
+      });
+  stat.plain = sums.of[0], stat.mean = sums.of[1];
+  stat.mass = rows.p_space == kLogits ? 1 : sums.of[2];
+  stat.near = std::log1p(sums.of[4]);
+  const double s = rows.smoothing;
+  // A mixture with nothing of one part has no infinity of it.
+  stat.loss = (s == 1 && !std::isnan(stat.plain) ? 0 : (1 - s) * stat.plain) +
+              (s != 0 ? s / static_cast<double>(rows.classes) * sums.of[3] : 0);
+  return stat;
+}
+
+void distribution_gradient(const CrossEntropyRows& rows, const void* p, const void* q, const RowsOut& out_p,
+                           void* grad_p, const RowsOut& out_q, void* grad_q, const CrossEntropyStat& stat,
+                           double coefficient, ForEach columns) {
+  if (coefficient == 0) {
+    fill_zero_any(grad_p, out_p.dtype, rows.classes);
+    fill_zero_any(grad_q, out_q.dtype, rows.classes);
+    return;
+  }
+  const Distributions row(rows, p, q, stat);
+  const double mass = mixed_mass(rows, stat);
+  const D c(coefficient);
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = first + j;
+          const auto e = row.read(i, count);
+          if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * row.gradient_p(e, stat), count);
+          if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * row.gradient_q(e, mass), count);
+        });
+  });
+}
+
+// With dots for derivatives along (v_p, v_q): (log p). = (v - <p,v>)/T | v | v/p for logits | log_probs | probs, and
+// n. = -(log q)., p. = p (log p). (v for probs), p'. = (1 - s) p., M'. = sum p'.:
+//   P's gradient.   (1 - s) times: [p. (n - N) + p (n. - N.)]/T | p. n + p n. | n.
+//   Q's gradient.   [q (log q). M' + q M'. - p'.]/T | -p'. | (p' (log q). - p'.)/q
+void distribution_double_backward(const CrossEntropyDoubleBackward& k, int64_t row_index, const void* const* in,
+                                  void* const* out, ForEach columns) {
+  const CrossEntropyRows& rows = k.rows;
+  const auto stat = CrossEntropyStat::load(k.stat + CrossEntropyStat::kSize * row_index);
+  const Distributions row(rows, in[0], in[1], stat);
+  const double coefficient = k.coefficient[row_index], mass = mixed_mass(rows, stat);
+  const bool p_logits = rows.p_space == kLogits, q_logits = rows.q_space == kLogits;
+  const D zero(0.0);
+  const auto along = [&](int64_t i, auto count, D& v_p, D& v_q) __attribute__((always_inline)) {
+    v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
+    v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
+  };
+  const auto first = sums_of_columns<3>(
+      rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+        const auto e = row.read(i, count);
+        D v_p, v_q;
+        along(i, count, v_p, v_q);
+        lanes[0] = lanes[0] + (rows.p_space == kProbs ? v_p : e.p * v_p);
+        lanes[1] = lanes[1] + e.q * v_q;
+        lanes[2] = lanes[2] + select(v_p == zero, zero, v_p * row.gradient_p(e, stat)) +
+                   select(v_q == zero, zero, v_q * row.gradient_q(e, mass));
+      });
+  if (k.d_coefficient != nullptr) k.d_coefficient[row_index] = first.of[2];
+  if (coefficient == 0) {
+    fill_zero_any(out[0], k.d_p.dtype, rows.classes);
+    fill_zero_any(out[1], k.d_q.dtype, rows.classes);
+    return;
+  }
+  if (out[0] == nullptr && out[1] == nullptr) return;
+  const D mean_p(first.of[0]), mean_q(first.of[1]);
+  const auto dots = [&](const Distributions::Entry& e, D v_p, D v_q, D& p_dot, D& log_q_dot)
+      __attribute__((always_inline)) {
+    p_dot = rows.p_space == kProbs ? v_p : e.p * (p_logits ? (v_p - mean_p) * row.inv_t : v_p);
+    log_q_dot = q_logits ? (v_q - mean_q) * row.inv_t : rows.q_space == kProbs ? v_q / e.x : v_q;
+    log_q_dot = select(e.n == D(kInf<double>), zero, log_q_dot);
+  };
+  // N. = sum p. n + p n.; from logits p. sums to 0, and any origin of n will do.
+  double n_dot_total = 0;
+  if (p_logits)
+    n_dot_total = sums_of_columns<1>(
+                      rows.classes, columns,
+                      [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+                        const auto e = row.read(i, count);
+                        D v_p, v_q, p_dot, log_q_dot;
+                        along(i, count, v_p, v_q);
+                        dots(e, v_p, v_q, p_dot, log_q_dot);
+                        lanes[0] = lanes[0] + share(p_dot, row.around(e)) - e.p * log_q_dot;
+                      })
+                      .of[0];
+  const D c(coefficient), n_dot(n_dot_total), mass_dot((1 - rows.smoothing) * (p_logits ? 0 : first.of[0]));
+  for_segments(rows.classes, columns, [&](int64_t begin, int64_t last, int64_t) {
+    for_lanes<double>(
+        last - begin, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = begin + j;
+          const auto e = row.read(i, count);
+          D v_p, v_q, p_dot, log_q_dot;
+          along(i, count, v_p, v_q);
+          dots(e, v_p, v_q, p_dot, log_q_dot);
+          if (out[0] != nullptr) {
+            D h;
+            if (p_logits) {
+              h = (p_dot * (row.around(e) - D(stat.mean)) - e.p * (log_q_dot + n_dot)) * row.inv_t;
+              h = std::isinf(stat.plain) ? zero : select(e.p == zero, zero, h);
+            } else if (rows.p_space == kLogProbs) {
+              h = select(e.p == zero, zero, p_dot * e.n - e.p * log_q_dot);
+            } else {
+              h = zero - log_q_dot;
+            }
+            store_any(out[0], k.d_p.dtype, i, c * h * row.keep, count);
+          }
+          if (out[1] != nullptr) {
+            const D mixed_dot = row.keep * p_dot;
+            D h;
+            if (q_logits) {
+              h = (e.q * (log_q_dot * D(mass) + mass_dot) - mixed_dot) * row.inv_t;
+            } else if (rows.q_space == kLogProbs) {
+              h = zero - mixed_dot;
+            } else {
+              h = select(e.q == zero, zero, (row.target(e) * log_q_dot - mixed_dot) / e.q);
+            }
+            store_any(out[1], k.d_q.dtype, i, c * h, count);
+          }
+        });
+  });
+}
+
+// -- The target is a class label, over logits -------------------------------------------------------------------------
+
+// Online sums over the classes other than the label, a = (x - max)/T.
+struct LabelScan {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;    // sum e^a
+  double count = 0;  // smoothing: how many classes,
+  double drop = 0;   // and sum -a of them, the label included
+
+  void raise(double to, double inv_t) {
+    if (!(to > max)) return;
+    const double up = (to - finite_or_zero(max)) * inv_t;
+    if (sum != 0) sum *= std::exp(-up);
+    drop += count * up;
+    max = to;
+  }
+  void merge(LabelScan other, double inv_t) {
+    raise(other.max, inv_t);
+    other.raise(max, inv_t);
+    sum += other.sum, count += other.count, drop += other.drop;
+  }
+};
+
+// One chunk with the label's entry hidden: beside it, the sum of the others would be rounded away.
+template <class T>
+struct Hidden {
+  T entries[kChunk];
+  TD_INLINE const T* of(const T* x, int64_t first, int64_t n, int64_t label) {
+    if (label < first || label >= first + n) return x + first;
+    std::memcpy(static_cast<void*>(entries), x + first, static_cast<size_t>(n) * sizeof(T));
+    entries[label - first] = static_cast<T>(-std::numeric_limits<float>::infinity());
+    return entries;
+  }
+};
+
+// exps, max_of_chunk: what the gradient will need, e^a with the maximum so far of each chunk, or null. exps may be x.
+template <class A, bool kSmooth, class T>
+LabelScan scan_label(const T* x, int64_t first, int64_t last, int64_t label, double inv_t_, A* exps,
+                     double* max_of_chunk) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_));
+  LabelScan scan;
+  Hidden<T> hidden;
+  for (int64_t c = first; c < last; c += kChunk) {
+    const int64_t n = std::min(kChunk, last - c);
+    const T* const others = hidden.of(x, c, n, label);
+    scan.raise(max_of_row<A>(others, n), inv_t_);
+    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
+    if constexpr (kSmooth) {
+      Vec<A> drop(A(0));
+      for_lanes<A>(
+          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+            drop = drop + (max - load_lanes<A>(x + c + i, count, static_cast<A>(finite_or_zero(scan.max)))) * inv_t;
+          });
+      scan.count += static_cast<double>(n), scan.drop += sum_of(drop);
+    }
+    Vec<A> sum(A(0));
+    for (int64_t b = 0; b < n; b += kBlock) {
+      Vec<A> part(A(0));
+      for_lanes<A>(
+          std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+            const Vec<A> e = exp_of((load_lanes<A>(others + b + i, count, -kInf<A>) - max) * inv_t);
+            part = part + e;
+            if (exps != nullptr) store_lanes<A>(exps + c + b + i, e, count);
+          });
+      sum = sum + part;
+    }
+    scan.sum += sum_of(sum);
+    if (max_of_chunk != nullptr) max_of_chunk[c / kChunk] = scan.max;
+  }
+  return scan;
+}
+
+TD_INLINE double softplus(double a) { return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a)); }
+
+LabelStat label_stat(LabelScan scan, double x, double inv_t, double smoothing, int64_t classes) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  if (!(x < std::numeric_limits<double>::infinity())) return {nan, nan, nan, nan};
+  LabelStat stat{};
+  if (scan.sum == 0) {  // the label's class alone
+    if (std::isinf(x)) return {nan, nan, nan, nan};
+    scan.raise(x, inv_t);
+    stat.base = scan.max;
+  } else {
+    const double log_others = std::log(scan.sum), a = (scan.max - x) * inv_t + log_others;
+    stat.base = scan.max, stat.log_z = log_others + softplus(-a), stat.at_label = softplus(a);
+  }
+  stat.loss = stat.at_label;
+  if (smoothing != 0) {
+    const double k = static_cast<double>(classes), every = scan.drop + k * stat.log_z;
+    stat.loss = (smoothing == 1 ? 0 : (1 - smoothing) * stat.at_label) + smoothing / k * every;
+  }
+  return stat;
+}
+
+template <class A, bool kSmooth, class T>
+LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach columns, A* exps, double* max_of_chunk) {
+  const double inv_t = inverse_temperature<A>(rows.temperature);
+  const double at_label = static_cast<double>(x[label]);  // before exps overwrites it
+  const auto scan = merged_segments<LabelScan>(
+      rows.classes, columns,
+      [&](int64_t first, int64_t last) {
+        return scan_label<A, kSmooth>(x, first, last, label, inv_t, exps, max_of_chunk);
+      },
+      [&](LabelScan& total, const LabelScan& part) { total.merge(part, inv_t); });
+  return label_stat(scan, at_label, inv_t, rows.smoothing, rows.classes);
+}
+
+// (q_y - p'_y)/T
+TD_INLINE double label_gradient(const LabelRows& rows, const LabelStat& stat, double inv_t) {
+  const double s = rows.smoothing;
+  return (std::expm1(-stat.at_label) + s - s / static_cast<double>(rows.classes)) * inv_t;
+}
+
+template <class A, bool kSmooth, class T>
+void label_gradient_row(const LabelRows& rows, const T* x, T* grad, int64_t label, const LabelStat& stat,
+                        double coefficient, ForEach columns) {
+  const double inv = inverse_temperature<A>(rows.temperature), c = coefficient * inv;
+  const double own = coefficient * label_gradient(rows, stat, inv);
+  const Vec<A> inv_t(static_cast<A>(inv)), base(static_cast<A>(finite_or_zero(stat.base))),
+      factor(static_cast<A>(c * std::exp(-stat.log_z))),
+      uniform(static_cast<A>(c * rows.smoothing / static_cast<double>(rows.classes)));
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<A>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = first + j;
+          Vec<A> g = exp_of((load_lanes<A>(x + i, count, -kInf<A>) - base) * inv_t) * factor;
+          if constexpr (kSmooth) g = g - uniform;
+          store_lanes<A>(grad + i, g, count);
+        });
+  });
+  grad[label] = static_cast<T>(static_cast<A>(own));
+}
+
+// A is float or double as T is: the exponentials wait in grad.
+template <class T>
+LabelStat label_value_and_grad_row(const LabelRows& rows, const T* x, T* grad, int64_t label, double coefficient,
+                                   ForEach columns, double* max_of_chunk) {
+  const LabelStat stat = label_row<T, false>(rows, x, label, columns, grad, max_of_chunk);
+  const double inv_t = inverse_temperature<T>(rows.temperature), c = coefficient * inv_t;
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for (int64_t b = first; b < last; b += kChunk) {
+      const Vec<T> factor(
+          static_cast<T>(c * std::exp(-stat.log_z) * kept_factor(max_of_chunk[b / kChunk], stat.base, inv_t)));
+      for_lanes<T>(
+          std::min(kChunk, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+            store_lanes<T>(grad + b + i, load_lanes<T>(grad + b + i, count, T(0)) * factor, count);
+          });
+    }
+  });
+  grad[label] = static_cast<T>(coefficient * label_gradient(rows, stat, inv_t));
+  return stat;
+}
+
+// f.template operator()<A, kSmooth, T>() for the row's type.
+template <class F>
+TD_INLINE void dispatch_label_types(const LabelRows& rows, const F& f) {
+  const auto with = [&]<class T>() {
+    using Own = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    return rows.smoothing != 0 ? f.template operator()<double, true, T>() : f.template operator()<Own, false, T>();
+  };
+  switch (rows.x.dtype) {
+    case DType::Double:
+      return with.template operator()<double>();
+    case DType::Half:
+      return with.template operator()<c10::Half>();
+    case DType::BFloat16:
+      return with.template operator()<c10::BFloat16>();
+    default:
+      return with.template operator()<float>();
+  }
+}
+
+// -- The target is a class label, over log-probabilities or probabilities ---------------------------------------------
+
+// p' of the classes other than the label, and what the label has more.
+struct LabelTarget {
+  D uniform;
+  double own;
+  explicit LabelTarget(const LabelRows& rows)
+      : uniform(rows.smoothing / static_cast<double>(rows.classes)), own(1 - rows.smoothing) {}
+};
+
+LabelStat free_label_row(const LabelRows& rows, const void* x, int64_t label, ForEach columns) {
+  const double at_label = entry(x, rows.x.dtype, label), s = rows.smoothing;
+  const bool probs = rows.space == kProbs;
+  // Of the other classes without smoothing only a NaN counts.
+  const auto sums = sums_of_columns<1>(
+      rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+        const D zero(0.0), given = load_any(x, rows.x.dtype, i, count, probs ? 1.0 : 0.0);
+        const D n = zero - (probs ? given.log() : given);
+        lanes[0] = lanes[0] + (s != 0 ? n : select(n.isnan(), n, zero));
+      });
+  LabelStat stat{};
+  stat.at_label = rows.space == kProbs ? -std::log(at_label) : -at_label;
+  stat.loss =
+      (s == 1 ? 0 : (1 - s) * stat.at_label) + (s != 0 ? s / static_cast<double>(rows.classes) : 1) * sums.of[0];
+  return stat;
+}
+
+// The gradient of log-probabilities or probabilities, or with v its derivative along it, times `coefficient`.
+void free_label_gradient(const LabelRows& rows, const void* x, int64_t label, const void* v, DType v_dtype, void* out,
+                         DType out_dtype, double coefficient, ForEach columns) {
+  const LabelTarget target(rows);
+  const D c(coefficient), zero(0.0);
+  const auto value = [&](D given, D p, D along) __attribute__((always_inline)) {
+    if (rows.space == kLogProbs) return v != nullptr ? zero : zero - c * p;
+    const D g = v != nullptr ? p * along / (given * given) : zero - p / given;
+    return select(p == zero, zero, c * g);
+  };
+  const double given = entry(x, rows.x.dtype, label), along = v != nullptr ? entry(v, v_dtype, label) : 0;
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = first + j;
+          const D x_i = load_any(x, rows.x.dtype, i, count, 0.0),
+                  v_i = v != nullptr ? load_any(v, v_dtype, i, count, 0.0) : zero;
+          store_any(out, out_dtype, i, value(x_i, target.uniform, v_i), count);
+        });
+  });
+  const D own = value(D(given), target.uniform + D(target.own), D(along));
+  store_any(out, out_dtype, label, own, 1);
+}
+
+// H v = q (v - <q, v>)/T^2; by differences from v_y, in which the label's own part is the sum of the others'.
+void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void* x, const void* v, void* out,
+                           ForEach columns) {
+  const LabelRows& rows = k.rows;
+  const auto stat = LabelStat::load(k.stat + LabelStat::kSize * row);
+  const int64_t label = rows.labels[row];
+  const double coefficient = k.coefficient[row], s = rows.smoothing;
+  // The one that the statistics were made with.
+  const bool in_float = rows.x.dtype != DType::Double && s == 0;
+  const double inv_t = in_float ? inverse_temperature<float>(rows.temperature) : 1 / rows.temperature;
+  if (k.d_coefficient == nullptr && coefficient == 0) return fill_zero_any(out, k.d_x.dtype, rows.classes);
+  const DType type = rows.x.dtype;
+  const double uniform = s / static_cast<double>(rows.classes), v_label = entry(v, k.v.dtype, label);
+  const D zero(0.0);
+  if (rows.space != kLogits) {
+    if (k.d_coefficient != nullptr) {
+      const bool probs = rows.space == kProbs;
+      const auto of = [&](double p, double given, double along) {
+        return p == 0 || along == 0 ? 0 : -p * along / (probs ? given : 1);
+      };
+      const auto sums = sums_of_columns<1>(
+          rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+            if (uniform == 0) return;
+            const D v_i = load_any(v, k.v.dtype, i, count, 0.0), x_i = load_any(x, type, i, count, 1.0);
+            lanes[0] = lanes[0] + select(v_i == zero, zero, v_i / (probs ? x_i : D(1.0)));
+          });
+      k.d_coefficient[row] = of(1 - s, entry(x, type, label), v_label) - uniform * sums.of[0];
+    }
+    if (out == nullptr) return;
+    if (coefficient == 0) return fill_zero_any(out, k.d_x.dtype, rows.classes);
+    return free_label_gradient(rows, x, label, v, k.v.dtype, out, k.d_x.dtype, coefficient, columns);
+  }
+  const D base(finite_or_zero(stat.base)), log_z(stat.log_z), own(v_label);
+  const auto read = [&](int64_t i, auto count, D& q, D& away) __attribute__((always_inline)) {
+    q = ((load_any(x, type, i, count, -kInf<double>) - base) * D(inv_t) - log_z).exp();
+    away = load_any(v, k.v.dtype, i, count, v_label) - own;
+  };
+  const auto sums = sums_of_columns<2>(
+      rows.classes, columns, [&](int64_t i, auto count, D* lanes) __attribute__((always_inline)) {
+        D q, away;
+        read(i, count, q, away);
+        lanes[0] = lanes[0] + q * away, lanes[1] = lanes[1] + away;
+      });
+  // <v, q - p'> = sum q (v - v_y) - s/K sum (v - v_y)
+  if (k.d_coefficient != nullptr) k.d_coefficient[row] = (sums.of[0] - uniform * sums.of[1]) * inv_t;
+  if (out == nullptr) return;
+  if (coefficient == 0) return fill_zero_any(out, k.d_x.dtype, rows.classes);
+  const D c(coefficient * inv_t * inv_t), mean(sums.of[0]);
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          D q, away;
+          read(first + j, count, q, away);
+          store_any(out, k.d_x.dtype, first + j, c * q * (away - mean), count);
+        });
+  });
+}
+
+}  // namespace
+
+void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    CrossEntropyStat stat{};
+    if (weight != 0) stat = distribution_row(k.rows, x[0], x[1], columns);
+    stat.store(k.stat + CrossEntropyStat::kSize * i);
+    store_loss(k, i, weight != 0 ? weight * stat.loss : 0);
+  });
+}
+
+void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_p, k.grad_q};
+  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    distribution_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1],
+                          CrossEntropyStat::load(k.stat + CrossEntropyStat::kSize * i), k.coefficient[i], columns);
+  });
+}
+
+void cross_entropy_value_and_grad(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  const RowsOut unwanted{};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    CrossEntropyStat stat{};
+    if (coefficient != 0) stat = distribution_row(k.rows, x[0], x[1], columns);
+    stat.store(k.stat + CrossEntropyStat::kSize * i);
+    distribution_gradient(k.rows, x[0], x[1], k.wrt_q ? unwanted : k.grad, k.wrt_q ? nullptr : y[0],
+                          k.wrt_q ? k.grad : unwanted, k.wrt_q ? y[0] : nullptr, stat, coefficient, columns);
+  });
+}
+
+void cross_entropy_double_backward(const CrossEntropyDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q, k.v_p, k.v_q};
+  const RowsOut out[] = {k.d_p, k.d_q};
+  RowTiles<4, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    distribution_double_backward(k, i, x, y, columns);
+  });
+}
+
+void cross_entropy_labels_forward(const LabelForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.x};
+  const RowsOut out[] = {{}};
+  const auto each = [&](const auto& row) {
+    RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+      const double weight = k.weight ? k.weight[i] : 1;
+      LabelStat stat{};
+      if (weight != 0) stat = row(x[0], k.rows.labels[i]);
+      stat.store(k.stat + LabelStat::kSize * i);
+      store_loss(k, i, weight != 0 ? weight * stat.loss : 0);
+    });
+  };
+  if (k.rows.space != kLogits)
+    return each([&](const void* x, int64_t label) { return free_label_row(k.rows, x, label, columns); });
+  dispatch_label_types(k.rows, [&]<class A, bool kSmooth, class T>() {
+    each([&](const void* x, int64_t label) {
+      return label_row<A, kSmooth>(k.rows, static_cast<const T*>(x), label, columns, static_cast<A*>(nullptr), nullptr);
+    });
+  });
+}
+
+void cross_entropy_labels_backward(const LabelBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.x};
+  const RowsOut out[] = {k.grad};
+  const auto each = [&](const auto& row) {
+    RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+      if (k.coefficient[i] == 0) return fill_zero_any(y[0], k.grad.dtype, k.rows.classes);
+      row(x[0], y[0], i);
+    });
+  };
+  if (k.rows.space != kLogits)
+    return each([&](const void* x, void* grad, int64_t i) {
+      free_label_gradient(k.rows, x, k.rows.labels[i], nullptr, k.rows.x.dtype, grad, k.grad.dtype, k.coefficient[i],
+                          columns);
+    });
+  dispatch_label_types(k.rows, [&]<class A, bool kSmooth, class T>() {
+    each([&](const void* x, void* grad, int64_t i) {
+      label_gradient_row<A, kSmooth>(k.rows, static_cast<const T*>(x), static_cast<T*>(grad), k.rows.labels[i],
+                                     LabelStat::load(k.stat + LabelStat::kSize * i), k.coefficient[i], columns);
+    });
+  });
+}
+
+void cross_entropy_labels_value_and_grad(const LabelValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.x};
+  const RowsOut out[] = {k.grad};
+  const int64_t n = k.rows.classes;
+  const auto max_of_chunk = std::make_unique_for_overwrite<double[]>(static_cast<size_t>((n + kChunk - 1) / kChunk));
+  const auto each = [&](const auto& row) {
+    RowTiles<1, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+      const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+      LabelStat stat{};
+      if (coefficient == 0) {
+        fill_zero_any(y[0], k.grad.dtype, n);
+      } else {
+        stat = row(x[0], y[0], k.rows.labels[i], coefficient);
+      }
+      stat.store(k.stat + LabelStat::kSize * i);
+    });
+  };
+  if (k.rows.space != kLogits)
+    return each([&](const void* x, void* grad, int64_t label, double coefficient) {
+      const LabelStat stat = free_label_row(k.rows, x, label, columns);
+      free_label_gradient(k.rows, x, label, nullptr, k.rows.x.dtype, grad, k.grad.dtype, coefficient, columns);
+      return stat;
+    });
+  dispatch_label_types(k.rows, [&]<class A, bool kSmooth, class T>() {
+    each([&](const void* x_, void* grad_, int64_t label, double coefficient) {
+      const auto* x = static_cast<const T*>(x_);
+      auto* grad = static_cast<T*>(grad_);
+      if constexpr (std::is_same_v<A, T> && !kSmooth) {
+        return label_value_and_grad_row(k.rows, x, grad, label, coefficient, columns, max_of_chunk.get());
+      } else {
+        const LabelStat stat = label_row<A, kSmooth>(k.rows, x, label, columns, static_cast<A*>(nullptr), nullptr);
+        label_gradient_row<A, kSmooth>(k.rows, x, grad, label, stat, coefficient, columns);
+        return stat;
+      }
+    });
+  });
+}
+
+void cross_entropy_labels_double_backward(const LabelDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.x, k.v};
+  const RowsOut out[] = {k.d_x};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    label_double_backward(k, i, x[0], x[1], y[0], columns);
+  });
+}
+
+}  // namespace torch_divergence::cpu::CPU_CAPABILITY
