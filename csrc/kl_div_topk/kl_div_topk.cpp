@@ -53,10 +53,9 @@ Tensors2 call_rows(const Tensor& input, const Tensor& indices, const Tensor& log
 }
 Tensors3 call_backward(const Tensor& grad, const Tensor& input, const Tensor& indices, const Tensor& log_probs,
                        const Tensor& stat, const OptionalTensor& tail_log_prob, const Options& o, Mask3 mask) {
-  static const auto op =
-      typed_op<Tensors3(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        const OptionalTensor&, int64_t, int64_t, bool, double, Mask3)>(
-          "torch_divergence::_kl_div_topk_backward");
+  static const auto op = typed_op<Tensors3(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                           const OptionalTensor&, int64_t, int64_t, bool, double, Mask3)>(
+      "torch_divergence::_kl_div_topk_backward");
   return op.call(grad, input, indices, log_probs, stat, tail_log_prob, o.space, o.tail, o.reverse, o.temperature, mask);
 }
 Tensors4 call_double_backward(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
@@ -292,8 +291,8 @@ struct Value : torch::autograd::Function<Value> {
     const Options o = unpack(ctx);
     const auto [loss, stat] = call_rows(in[0], in[1], in[2], tail, weight, o);
     const Mask3 mask{tangents[0].defined(), tangents[2].defined(), has_tail && tangents[3].defined()};
-    const auto [g_input, g_log_probs, g_tail] = call_backward(
-        weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0], in[1], in[2], stat, tail, o, mask);
+    const auto [g_input, g_log_probs, g_tail] = call_backward(weighted(at::ones_like(loss), weight.value_or(Tensor())),
+                                                              in[0], in[1], in[2], stat, tail, o, mask);
     auto tangent = at::zeros_like(loss);
     const auto type = loss.scalar_type();
     if (mask[0]) tangent = tangent + (g_input.to(type) * tangents[0].to(type)).sum(-1);
@@ -380,8 +379,8 @@ Tensors2 rows_autograd(const Tensor& input, const Tensor& indices, const Tensor&
 Tensors3 backward_autograd(const Tensor& grad, const Tensor& input, const Tensor& indices, const Tensor& log_probs,
                            const Tensor& stat, const OptionalTensor& tail_log_prob, int64_t space, int64_t tail,
                            bool reverse, double temperature, Mask3 mask) {
-  auto v = apply<Gradient>(grad, input, indices, log_probs, stat, tail_log_prob, space, tail, reverse, temperature,
-                           mask);
+  auto v =
+      apply<Gradient>(grad, input, indices, log_probs, stat, tail_log_prob, space, tail, reverse, temperature, mask);
   return {v[0], v[1], v[2]};
 }
 
@@ -389,8 +388,8 @@ Tensors3 backward_autograd(const Tensor& grad, const Tensor& input, const Tensor
 // column of its own after those of K. Classes of p = 0 (forward) or q = 0 (reverse) are constants here.
 Tensors4 double_backward_composite(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
                                    const OptionalTensor& v_tail, const Tensor& grad, const Tensor& input,
-                                   const Tensor& indices, const Tensor& log_probs,
-                                   const OptionalTensor& tail_log_prob, const Options& o, Mask4 mask) {
+                                   const Tensor& indices, const Tensor& log_probs, const OptionalTensor& tail_log_prob,
+                                   const Options& o, Mask4 mask) {
   const auto dtype = loss_dtype(input, log_probs);
   const bool logits = o.space == kLogits, probs = o.space == kProbs, bucket = o.tail == kTailBucket,
              derived = bucket && !tail_log_prob.has_value(), renorm_both = o.tail == kTailRenormBoth,
@@ -411,8 +410,7 @@ Tensors4 double_backward_composite(const OptionalTensor& v_input, const Optional
   // log q of all classes before any normalisation over K, and its derivative
   const auto zero_x = x == 0;
   const auto divisor = probs ? at::where(zero_x, 1, x) : x;
-  const auto log_x = logits ? at::log_softmax(x / t, -1)
-                            : (probs ? at::where(zero_x, kMinusInf, divisor.log()) : x);
+  const auto log_x = logits ? at::log_softmax(x / t, -1) : (probs ? at::where(zero_x, kMinusInf, divisor.log()) : x);
   const auto d = probs ? only(zero_x.logical_not(), vx / divisor) : vx / t;
   auto log_q = at::where(kept, log_x.gather(-1, index), kMinusInf), d_q = only(kept, d.gather(-1, index));
   auto log_p = a, d_p = va;

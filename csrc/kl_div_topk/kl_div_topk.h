@@ -25,7 +25,8 @@
 //   gamma_e      = H_e - Q_e sum H     where Q is normalised (logits, renorm_both), else H_e; H_t = 0 but for "bucket"
 //   dL/dlog q_j  = gamma_j,  and a class m outside K gets its share of the tail's:  w_m gamma_t,  w_m = q_m/Q_t
 //
-// which is divided by T for logits and by q_m for probabilities. Their derivatives along (v_input, v_a, v_b), with dots:
+// which is divided by T for logits and by q_m for probabilities. Their derivatives along (v_input, v_a, v_b), with
+// dots:
 //
 //   (log P_j). = v_a - sum_K P v_a (normalised over K) | v_a,   (log P_t). = -sum_K P v_a / P_t | v_b
 //   (log Q_j). = d_j - mu,  (log Q_t). = sum_m w_m d_m - mu     d = v_input/T | v_input | v_input/q,
@@ -60,8 +61,8 @@ inline constexpr double kMassTolerance = 1e-3;
 
 struct TopkRows {
   RowsIn input;
-  const int64_t* indices;      // rows x k
-  const double* log_probs;     // rows x k
+  const int64_t* indices;       // rows x k
+  const double* log_probs;      // rows x k
   const double* tail_log_prob;  // rows; null: what the log_probs leave
   int space = kLogits;
   int tail = kTailBucket;
@@ -75,21 +76,18 @@ struct TopkRows {
   // Of log Q over the classes and t.
   TD_HOST_DEVICE bool normalises_q() const { return space == kLogits || tail == kTailRenormBoth; }
   // Does the loss depend on classes outside K?
-  TD_HOST_DEVICE bool reads_all() const {
-    return tail == kTailBucket || (space == kLogits && tail != kTailRenormBoth);
-  }
+  TD_HOST_DEVICE bool reads_all() const { return tail == kTailBucket || (space == kLogits && tail != kTailRenormBoth); }
 };
 
-// What a row leaves for its backward: log q_j = (x_j - shift)/T - log_sum, log Q_t = (tail_max - shift)/T + tail_log_sum
+// What a row leaves for its backward: log q_j = (x_j - shift)/T - log_sum, log Q_t = (tail_max - shift)/T +
+// tail_log_sum
 // - log_sum, and w_m = e^((x_m - tail_max)/T - tail_log_sum). Of probabilities: Q_t = e^tail_log_sum, the rest 0.
 struct TopkStat {
   double shift = 0, log_sum = 0, tail_max = 0, tail_log_sum = -std::numeric_limits<double>::infinity();
 
   static constexpr int kSize = 4;
   TD_HOST_DEVICE static TopkStat load(const double* x) { return {x[0], x[1], x[2], x[3]}; }
-  TD_HOST_DEVICE void store(double* x) const {
-    x[0] = shift, x[1] = log_sum, x[2] = tail_max, x[3] = tail_log_sum;
-  }
+  TD_HOST_DEVICE void store(double* x) const { x[0] = shift, x[1] = log_sum, x[2] = tail_max, x[3] = tail_log_sum; }
   TD_HOST_DEVICE bool empty_tail() const { return tail_log_sum == -std::numeric_limits<double>::infinity(); }
   TD_HOST_DEVICE double log_tail(double t) const {
     return empty_tail() ? tail_log_sum : (tail_max - shift) / t + tail_log_sum - log_sum;
@@ -110,7 +108,8 @@ struct TopkSlope {
 TD_HOST_DEVICE TopkSlope topk_slope(bool reverse, double p, double q, double l) {
   return reverse ? TopkSlope{-q, topk_times(q, 1 - l)} : TopkSlope{topk_times(p, l + 1), -p};
 }
-TD_HOST_DEVICE TopkSlope topk_slope_dot(bool reverse, double p, double q, double l, double log_p_dot, double log_q_dot) {
+TD_HOST_DEVICE TopkSlope topk_slope_dot(bool reverse, double p, double q, double l, double log_p_dot,
+                                        double log_q_dot) {
   const double l_dot = log_p_dot - log_q_dot;
   if (reverse) {
     const double q_dot = topk_times(q, log_q_dot);

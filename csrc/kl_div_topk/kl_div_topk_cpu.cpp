@@ -34,6 +34,14 @@ TD_INLINE void dispatch_input(DType type, const F& f) {
   }
 }
 
+// One number as the vectors' stores round it.
+template <class A, class T>
+TD_INLINE T rounded(double v) {
+  T lanes[kLanes<A>];
+  store<A>(lanes, Vec<A>(static_cast<A>(v)));
+  return lanes[0];
+}
+
 struct Entry {
   int64_t index, place;  // of the class; in the row of indices and log_probs
 };
@@ -155,8 +163,8 @@ class Row {
 
   double loss() const {
     // Do P and Q both sum to 1?
-    const bool unit = rows_.tail == kTailRenormBoth ||
-                      (rows_.derived_tail() && rows_.space == kLogits && has_tail() && p[size_] > 0);
+    const bool unit =
+        rows_.tail == kTailRenormBoth || (rows_.derived_tail() && rows_.space == kLogits && has_tail() && p[size_] > 0);
     double sum = 0;
     for (int64_t e = 0; e < terms_; ++e) {
       const double a = rows_.reverse ? q[e] : p[e], b = rows_.reverse ? p[e] : q[e], x = rows_.reverse ? -l[e] : l[e];
@@ -239,21 +247,20 @@ LseScan scan_outside(const Row& row, const T* x, int64_t classes, double t, ForE
       classes, columns,
       [&](int64_t first, int64_t last) {
         LseScan part;
-        for_chunks_outside<T>(row, x, static_cast<T>(-kInf<float>), first, last,
-                              [&](const T* chunk, int64_t, int64_t n) {
-                                part.raise(max_of_row<A>(chunk, n), inv);
-                                const Vec<A> top(static_cast<A>(finite_or_zero(part.max)));
-                                for (int64_t b = 0; b < n; b += kBlock) {
-                                  Vec<A> sum(A(0));
-                                  for_lanes<A>(
-                                      std::min(kBlock, n - b), [&](int64_t i, auto count)
-                                                                   __attribute__((always_inline)) {
-                                        const Vec<A> v = load_lanes<A>(chunk + b + i, count, -kInf<A>);
-                                        sum = sum + exp_of((v - top) * inv_t);
-                                      });
-                                  part.sum += sum_of(sum);
-                                }
-                              });
+        for_chunks_outside<T>(
+            row, x, static_cast<T>(-kInf<float>), first, last, [&](const T* chunk, int64_t, int64_t n) {
+              part.raise(max_of_row<A>(chunk, n), inv);
+              const Vec<A> top(static_cast<A>(finite_or_zero(part.max)));
+              for (int64_t b = 0; b < n; b += kBlock) {
+                Vec<A> sum(A(0));
+                for_lanes<A>(
+                    std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+                      const Vec<A> v = load_lanes<A>(chunk + b + i, count, -kInf<A>);
+                      sum = sum + exp_of((v - top) * inv_t);
+                    });
+                part.sum += sum_of(sum);
+              }
+            });
         return part;
       },
       [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv); });
@@ -367,7 +374,7 @@ void backward_row(const TopkBackward& k, const Row& row, const T* x, T* grad, in
     for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
       if (!rows.reads_all()) return fill_zero(grad + first, last - first);
       if (rows.space == kProbs)
-        return std::fill(grad + first, grad + last, static_cast<T>(static_cast<A>(c * per_entry(rows, gamma, row.given_q[tail]))));
+        return std::fill(grad + first, grad + last, rounded<A, T>((c * per_entry(rows, gamma, row.given_q[tail]))));
       const Vec<A> inv_t(static_cast<A>(inverse_temperature<A>(rows.temperature))), top(static_cast<A>(stat.tail_max));
       const Vec<A> factor(
           static_cast<A>(stat.empty_tail() ? 0 : c * per_entry(rows, gamma, 0) * std::exp(-stat.tail_log_sum)));
@@ -380,7 +387,7 @@ void backward_row(const TopkBackward& k, const Row& row, const T* x, T* grad, in
   }
   for (int64_t e = 0; e < tail; ++e) {
     const TopkSlope g = entry_gradient(rows, row, totals, e);
-    if (grad != nullptr) grad[row[e].index] = static_cast<T>(static_cast<A>(c * per_entry(rows, g.q, row.given_q[e])));
+    if (grad != nullptr) grad[row[e].index] = rounded<A, T>((c * per_entry(rows, g.q, row.given_q[e])));
     if (k.grad_log_probs != nullptr) k.grad_log_probs[i * rows.k + row[e].place] = c * g.p;
   }
   if (k.grad_tail != nullptr) k.grad_tail[i] = c * entry_gradient(rows, row, totals, tail).p;
@@ -423,22 +430,22 @@ double mean_outside(const TopkRows& rows, const Row& row, const T* x, const T* v
         double part = 0;
         // Of probabilities w d = v/Q_t: the classes of K are masked out of v.
         const T* const masked = probs ? v : x;
-        for_chunks_outside<T>(
-            row, masked, probs ? T(0) : static_cast<T>(-kInf<float>), first, last,
-            [&](const T* chunk, int64_t c, int64_t n) {
-              D sums(0.0);
-              for_lanes<double>(
-                  n, [&](int64_t j, auto count) __attribute__((always_inline)) {
-                    const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
-                    if (probs) {
-                      sums = sums + m;
-                    } else {
-                      const D w = ((m - top) * inv_t - log_sum).exp();
-                      sums = sums + select(w == D(0.0), D(0.0), w * load_lanes<double>(v + c + j, count, 0.0));
-                    }
-                  });
-              part += sum_of(sums);
-            });
+        for_chunks_outside<T>(row, masked, probs ? T(0) : static_cast<T>(-kInf<float>), first, last,
+                              [&](const T* chunk, int64_t c, int64_t n) {
+                                D sums(0.0);
+                                for_lanes<double>(
+                                    n, [&](int64_t j, auto count) __attribute__((always_inline)) {
+                                      const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
+                                      if (probs) {
+                                        sums = sums + m;
+                                      } else {
+                                        const D w = ((m - top) * inv_t - log_sum).exp();
+                                        sums = sums + select(w == D(0.0), D(0.0),
+                                                             w * load_lanes<double>(v + c + j, count, 0.0));
+                                      }
+                                    });
+                                part += sum_of(sums);
+                              });
         return part;
       },
       [](double& total, double part) { total += part; });
@@ -487,9 +494,9 @@ void double_backward_row(const TopkDoubleBackward& k, Row& row, const T* x, cons
   // Sums and their derivatives over the terms.
   double loss_dot = 0, sum_p = 0, sum_q = 0, ratio = 0;
   const auto slope_dot = [&](int64_t e) {
-    return e < row.terms() ? topk_slope_dot(rows.reverse, row.p[e], row.q[e], row.l[e], row.log_p_dot[e],
-                                            row.log_q_dot[e])
-                           : TopkSlope{0, 0};
+    return e < row.terms()
+               ? topk_slope_dot(rows.reverse, row.p[e], row.q[e], row.l[e], row.log_p_dot[e], row.log_q_dot[e])
+               : TopkSlope{0, 0};
   };
   for (int64_t e = 0; e < row.terms(); ++e) {
     const TopkSlope s = topk_slope(rows.reverse, row.p[e], row.q[e], row.l[e]), dot = slope_dot(e);
@@ -513,7 +520,7 @@ void double_backward_row(const TopkDoubleBackward& k, Row& row, const T* x, cons
       if (!rows.reads_all() || stat.empty_tail()) return fill_zero(out + first, last - first);
       if (rows.space == kProbs) {
         const double h = topk_per_prob(gamma_dot - gamma * mean, row.given_q[tail]);
-        return std::fill(out + first, out + last, static_cast<T>(static_cast<A>(c * h)));
+        return std::fill(out + first, out + last, rounded<A, T>((c * h)));
       }
       const D inv_t(1 / t), top(stat.tail_max), log_sum(stat.tail_log_sum), zero(0.0), centre(mean), a(c * gamma / t),
           b(c * gamma_dot / t);
@@ -532,7 +539,7 @@ void double_backward_row(const TopkDoubleBackward& k, Row& row, const T* x, cons
       const double d = v != nullptr ? topk_per_prob(static_cast<double>(v[row[e].index]), row.given_q[e]) : 0;
       h -= topk_times(entry_gradient(rows, row, totals, e).q, d);
     }
-    if (out != nullptr) out[row[e].index] = static_cast<T>(static_cast<A>(c * per_entry(rows, h, row.given_q[e])));
+    if (out != nullptr) out[row[e].index] = rounded<A, T>((c * per_entry(rows, h, row.given_q[e])));
     if (k.d_log_probs != nullptr) k.d_log_probs[i * rows.k + row[e].place] = c * dot.p;
   }
   if (k.d_tail != nullptr) k.d_tail[i] = c * entry(tail).p;

@@ -30,8 +30,8 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.functional import kl_div, kl_div_topk  # noqa: E402
+from torch_divergence.modules import KLDivLoss, KLDivTopKLoss  # noqa: E402
 
 _transforms.register()
 
@@ -56,10 +56,12 @@ def empty_cache() -> None:
 
 __all__ = [
     "KLDivLoss",
+    "KLDivTopKLoss",
     "__version__",
     "cmake_prefix_path",
     "empty_cache",
     "functional",
     "kl_div",
+    "kl_div_topk",
     "modules",
 ]
