@@ -34,6 +34,14 @@ TD_INLINE void dispatch_input(DType type, const F& f) {
   }
 }
 
+template <class T>
+TD_INLINE T minus_infinity() {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    return {0xFC00, c10::Half::from_bits()};  // gcc 12 warns of the intrinsic that converts one number
+  } else {
+    return static_cast<T>(-kInf<float>);
+  }
+}
 // One number as the vectors' stores round it.
 template <class A, class T>
 TD_INLINE T rounded(double v) {
@@ -247,20 +255,19 @@ LseScan scan_outside(const Row& row, const T* x, int64_t classes, double t, ForE
       classes, columns,
       [&](int64_t first, int64_t last) {
         LseScan part;
-        for_chunks_outside<T>(
-            row, x, static_cast<T>(-kInf<float>), first, last, [&](const T* chunk, int64_t, int64_t n) {
-              part.raise(max_of_row<A>(chunk, n), inv);
-              const Vec<A> top(static_cast<A>(finite_or_zero(part.max)));
-              for (int64_t b = 0; b < n; b += kBlock) {
-                Vec<A> sum(A(0));
-                for_lanes<A>(
-                    std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-                      const Vec<A> v = load_lanes<A>(chunk + b + i, count, -kInf<A>);
-                      sum = sum + exp_of((v - top) * inv_t);
-                    });
-                part.sum += sum_of(sum);
-              }
-            });
+        for_chunks_outside<T>(row, x, minus_infinity<T>(), first, last, [&](const T* chunk, int64_t, int64_t n) {
+          part.raise(max_of_row<A>(chunk, n), inv);
+          const Vec<A> top(static_cast<A>(finite_or_zero(part.max)));
+          for (int64_t b = 0; b < n; b += kBlock) {
+            Vec<A> sum(A(0));
+            for_lanes<A>(
+                std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+                  const Vec<A> v = load_lanes<A>(chunk + b + i, count, -kInf<A>);
+                  sum = sum + exp_of((v - top) * inv_t);
+                });
+            part.sum += sum_of(sum);
+          }
+        });
         return part;
       },
       [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv); });
@@ -430,22 +437,21 @@ double mean_outside(const TopkRows& rows, const Row& row, const T* x, const T* v
         double part = 0;
         // Of probabilities w d = v/Q_t: the classes of K are masked out of v.
         const T* const masked = probs ? v : x;
-        for_chunks_outside<T>(row, masked, probs ? T(0) : static_cast<T>(-kInf<float>), first, last,
-                              [&](const T* chunk, int64_t c, int64_t n) {
-                                D sums(0.0);
-                                for_lanes<double>(
-                                    n, [&](int64_t j, auto count) __attribute__((always_inline)) {
-                                      const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
-                                      if (probs) {
-                                        sums = sums + m;
-                                      } else {
-                                        const D w = ((m - top) * inv_t - log_sum).exp();
-                                        sums = sums + select(w == D(0.0), D(0.0),
-                                                             w * load_lanes<double>(v + c + j, count, 0.0));
-                                      }
-                                    });
-                                part += sum_of(sums);
-                              });
+        for_chunks_outside<T>(
+            row, masked, probs ? T(0) : minus_infinity<T>(), first, last, [&](const T* chunk, int64_t c, int64_t n) {
+              D sums(0.0);
+              for_lanes<double>(
+                  n, [&](int64_t j, auto count) __attribute__((always_inline)) {
+                    const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
+                    if (probs) {
+                      sums = sums + m;
+                    } else {
+                      const D w = ((m - top) * inv_t - log_sum).exp();
+                      sums = sums + select(w == D(0.0), D(0.0), w * load_lanes<double>(v + c + j, count, 0.0));
+                    }
+                  });
+              part += sum_of(sums);
+            });
         return part;
       },
       [](double& total, double part) { total += part; });
