@@ -14,6 +14,7 @@
 #include <torch_divergence/functional/gaussian_kl.h>
 #include <torch_divergence/functional/gaussian_wasserstein.h>
 #include <torch_divergence/functional/kl_div.h>
+#include <torch_divergence/functional/kl_div_topk.h>
 #include <torch_divergence/functional/kl_estimate.h>
 #include <torch_divergence/functional/ppo.h>
 #include <torch_divergence/functional/sliced_wasserstein.h>

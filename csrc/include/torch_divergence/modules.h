@@ -6,6 +6,7 @@
 #include <torch_divergence/modules/gan.h>
 #include <torch_divergence/modules/gaussian_kl.h>
 #include <torch_divergence/modules/kl_div.h>
+#include <torch_divergence/modules/kl_div_topk.h>
 #include <torch_divergence/modules/kl_estimate.h>
 #include <torch_divergence/modules/ppo.h>
 #include <torch_divergence/modules/sliced_wasserstein.h>

@@ -8,6 +8,7 @@ from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss
 from torch_divergence.functional._gaussian_kl import gaussian_kl, gaussian_kl_full
 from torch_divergence.functional._gaussian_wasserstein import gaussian_wasserstein
 from torch_divergence.functional._kl_div import kl_div
+from torch_divergence.functional._kl_div_topk import Tail, kl_div_topk
 from torch_divergence.functional._kl_estimate import KLEstimateGradient, KLEstimator, kl_estimate
 from torch_divergence.functional._ppo import AdaptiveKLController, ppo_clip_loss, ppo_kl_penalty_loss
 from torch_divergence.functional._sliced_wasserstein import sliced_wasserstein
@@ -26,6 +27,7 @@ __all__ = [
     "Likelihood",
     "Reduction",
     "Space",
+    "Tail",
     "TrustRegionResult",
     "cross_entropy",
     "entropy",
@@ -38,6 +40,7 @@ __all__ = [
     "gaussian_wasserstein",
     "gradient_penalty",
     "kl_div",
+    "kl_div_topk",
     "kl_estimate",
     "ppo_clip_loss",
     "ppo_kl_penalty_loss",

@@ -5,6 +5,7 @@ from torch_divergence.modules._entropy import EntropyLoss
 from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._gaussian_kl import GaussianKLFullLoss, GaussianKLLoss
 from torch_divergence.modules._kl_div import KLDivLoss
+from torch_divergence.modules._kl_div_topk import KLDivTopKLoss
 from torch_divergence.modules._kl_estimate import KLEstimateLoss
 from torch_divergence.modules._ppo import PPOClipLoss, PPOKLPenaltyLoss
 from torch_divergence.modules._sliced_wasserstein import SlicedWassersteinLoss
@@ -19,6 +20,7 @@ __all__ = [
     "GaussianKLFullLoss",
     "GaussianKLLoss",
     "KLDivLoss",
+    "KLDivTopKLoss",
     "KLEstimateLoss",
     "PPOClipLoss",
     "PPOKLPenaltyLoss",
