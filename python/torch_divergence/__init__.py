@@ -30,7 +30,15 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
+from torch_divergence.functional import (  # noqa: E402
+    SinkhornInfo,
+    SinkhornResult,
+    kl_div,
+    sinkhorn,
+    sinkhorn_cost,
+    sinkhorn_divergence,
+    sinkhorn_ragged,
+)
 from torch_divergence.modules import KLDivLoss  # noqa: E402
 
 _transforms.register()
@@ -56,10 +64,16 @@ def empty_cache() -> None:
 
 __all__ = [
     "KLDivLoss",
+    "SinkhornInfo",
+    "SinkhornResult",
     "__version__",
     "cmake_prefix_path",
     "empty_cache",
     "functional",
     "kl_div",
     "modules",
+    "sinkhorn",
+    "sinkhorn_cost",
+    "sinkhorn_divergence",
+    "sinkhorn_ragged",
 ]
