@@ -760,6 +760,71 @@ Tensors6 sinkhorn_cost(const Tensor& C, const OptionalTensor& a, const OptionalT
           p.without_batch(converged)};
 }
 
+// What a result offers beyond its tensors: the plan, its products and <P,C>.
+struct Solved : Prepared {
+  Tensor f, g;  // (batch, atoms)
+
+  Solved(const char* caller, const Tensor& x_, const Tensor& y_, const OptionalTensor& a_, const OptionalTensor& b_,
+         const Tensor& f_, const Tensor& g_, std::string_view cost_, const OptionalTensor& eps_,
+         std::optional<double> blur)
+      : Prepared(prepare(caller, x_, y_, a_, b_, cost_, eps_, blur, {}, {}, std::nullopt, std::nullopt)),
+        f(batched ? f_ : f_.unsqueeze(0)),
+        g(batched ? g_ : g_.unsqueeze(0)) {}
+};
+
+Tensor sinkhorn_plan(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                     const Tensor& f, const Tensor& g, std::string_view cost, const OptionalTensor& eps,
+                     std::optional<double> blur) {
+  const Solved s("sinkhorn_plan", x, y, a, b, f, g, cost, eps, blur);
+  Tensor costs;
+  if (s.cost == kCosine) {
+    costs = 1 - s.x.matmul(s.y.mT());
+  } else {
+    const auto square = (s.x.unsqueeze(-2) - s.y.unsqueeze(-3)).square().sum(-1);
+    if (s.cost == kEuclidean) {
+      const auto zero = square == 0;
+      costs = at::where(zero, 0, at::where(zero, 1, square).sqrt());
+    } else {
+      costs = s.cost == kSqEuclidean ? square : square / 2;
+    }
+  }
+  const auto eps_ = s.eps.to(s.dtype).unsqueeze(-1).unsqueeze(-1);
+  const auto z = (s.f.unsqueeze(-1) + s.g.unsqueeze(-2) - costs) / eps_;
+  return s.without_batch(s.a.to(s.dtype).unsqueeze(-1) * s.b.to(s.dtype).unsqueeze(-2) * z.exp());
+}
+
+Tensor sinkhorn_apply(const Tensor& v, const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                      const OptionalTensor& b, const Tensor& f, const Tensor& g, std::string_view cost,
+                      const OptionalTensor& eps, std::optional<double> blur, bool transpose) {
+  const Solved s("sinkhorn_apply", x, y, a, b, f, g, cost, eps, blur);
+  const auto& atoms = transpose ? f : g;
+  const bool is_vector = v.dim() == atoms.dim();
+  TORCH_CHECK_VALUE((is_vector || v.dim() == atoms.dim() + 1) &&
+                        v.sym_sizes().slice(0, static_cast<size_t>(atoms.dim())) == atoms.sym_sizes(),
+                    "sinkhorn_apply: v has shape ", v.sym_sizes(), ", expected ", atoms.sym_sizes(),
+                    ", or that and one dimension more");
+  s.check_tensor("v", v, x);
+  auto columns = is_vector ? v.unsqueeze(-1) : v;
+  if (!s.batched) columns = columns.unsqueeze(0);
+  const auto out = s.without_batch(plan_op().call(columns, s.x, s.y, s.a, s.b, s.eps, s.f, s.g, transpose, std::nullopt,
+                                                  std::nullopt, s.cost, kHard, kHard));
+  return is_vector ? out.squeeze(-1) : out;
+}
+
+Tensor sinkhorn_transport_cost(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
+                               const Tensor& f, const Tensor& g, std::string_view cost, const OptionalTensor& eps,
+                               std::optional<double> blur) {
+  using Signature = decltype(marginals_cpu);
+  static const auto op = typed_op<Signature>("torch_divergence::_sinkhorn_marginals");
+  const auto constant = [](const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(t->detach()) : std::nullopt;
+  };
+  const Solved s("sinkhorn_transport_cost", x.detach(), y.detach(), constant(a), constant(b), f.detach(), g.detach(),
+                 cost, constant(eps), blur);
+  const auto out = op.call(s.x, s.y, s.a, s.b, s.eps, s.f, s.g, std::nullopt, std::nullopt, s.cost, kHard, kHard);
+  return s.without_batch(std::get<2>(out).to(s.dtype));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
@@ -788,7 +853,14 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
       "max_iter=1000, Tensor? init_g=None, str reduction=\"none\") -> (Tensor value, Tensor f, Tensor g, Tensor "
       "marginal_error, Tensor n_iter, Tensor converged)",
       tags);
+  const std::string solved =
+      "Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor f, Tensor g, *, str cost=\"half_sqeuclidean\", Tensor? "
+      "eps=None, "
+      "float? blur=None";
   const auto def = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+  def("sinkhorn_plan(" + solved + ") -> Tensor");
+  def("sinkhorn_apply(Tensor v, " + solved + ", bool transpose=False) -> Tensor");
+  def("sinkhorn_transport_cost(" + solved + ") -> Tensor");
   def("_sinkhorn(" + problem + "Tensor? init, float tol, int max_iter, " + options + ") -> " + six);
   def("_sinkhorn_backward(Tensor grad, " + problem + "Tensor f, Tensor g, " + options + ", bool[5] mask) -> " + five);
   def("_sinkhorn_double_backward(" + direction + "Tensor grad, " + problem + "Tensor f, Tensor g, " + options +
@@ -807,12 +879,18 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
   m.impl("sinkhorn_divergence", sinkhorn_divergence);
   m.impl("sinkhorn", sinkhorn);
   m.impl("sinkhorn_cost", sinkhorn_cost);
+  m.impl("sinkhorn_plan", sinkhorn_plan);
+  m.impl("sinkhorn_apply", sinkhorn_apply);
+  m.impl("sinkhorn_transport_cost", sinkhorn_transport_cost);
 }
 // A composite operator under vmap meets the slow per-sample fallback before its decomposition.
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("sinkhorn_divergence", sinkhorn_divergence);
   m.impl("sinkhorn", sinkhorn);
   m.impl("sinkhorn_cost", sinkhorn_cost);
+  m.impl("sinkhorn_plan", sinkhorn_plan);
+  m.impl("sinkhorn_apply", sinkhorn_apply);
+  m.impl("sinkhorn_transport_cost", sinkhorn_transport_cost);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   m.impl("_sinkhorn", solve_cpu);

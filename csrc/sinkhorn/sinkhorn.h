@@ -102,7 +102,7 @@ struct PairSweep {
   double* sum_z;     // sum_j Q z
   double* entropy;   // sum_j b (z e^z - e^z + 1): KL(P|a x b) once multiplied by a and summed
   void* gradient;    // A, (rows, dims): sum_j Q d1C
-  bool second;       // adds sum_j P (d11C vx_i + d12C vy_j) to gradient
+  bool second;       // adds sum_j P (d11C vx_i + d12C vy_j) to gradient; wants lambda != 0
   void* product;     // A, (rows, payload_dims): sum_j Q payload_j
   void* matrix_out;  // A, laid out as C: Q
 };

@@ -333,6 +333,7 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
   const bool points = p.cost != kCostMatrix, euclidean = p.cost == kEuclidean;
   const bool moves = points && (call.vx != nullptr || call.vy != nullptr);
   const bool wants_d = call.lambda != 0 && (moves || call.v_matrix != nullptr || call.veps != 0);
+  const bool second = call.second && moves;
   // The factor of x - y in d1C; that of euclidean depends on the pair.
   const Vec<A> fixed_factor(static_cast<A>(p.cost == kSqEuclidean ? 2 : 1));
   Rows<A, 1> raw;
@@ -402,7 +403,7 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
         const Vec<A> q = plan * bracket + e * (b * row_p + a * load_or_zero<A>(call.q, j + l));
         q.store(weight + l);
         Vec<A> pulled = q * factor;
-        if (call.second) {
+        if (second) {
           (plan * factor).store(push + l);
           if (euclidean) pulled = pulled - plan * load<A>(along + l) * factor * factor * factor;
         }
@@ -433,7 +434,7 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
           each([&](int64_t l) __attribute__((always_inline)) {
             total = fmadd(load<A>(pull + l), xk - load<A>(y + k * p.y_stride + j + l), total);
           });
-          if (call.second)
+          if (second)
             each([&](int64_t l) __attribute__((always_inline)) {
               total = fmadd(load<A>(push + l), vk - load_or_zero<A>(call.vy, k * p.y_stride + j + l), total);
             });

@@ -39,7 +39,7 @@ from torch_divergence.functional import (  # noqa: E402
     sinkhorn_divergence,
     sinkhorn_ragged,
 )
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.modules import KLDivLoss, SinkhornCostLoss, SinkhornLoss  # noqa: E402
 
 _transforms.register()
 
@@ -64,7 +64,9 @@ def empty_cache() -> None:
 
 __all__ = [
     "KLDivLoss",
+    "SinkhornCostLoss",
     "SinkhornInfo",
+    "SinkhornLoss",
     "SinkhornResult",
     "__version__",
     "cmake_prefix_path",

@@ -15,7 +15,6 @@ TransportReduction = Literal["none", "sum", "mean"]
 Relaxation = float | tuple[float | None, float | None] | None
 
 _INF = float("inf")
-_COSTS = ("half_sqeuclidean", "sqeuclidean", "euclidean", "cosine")
 
 
 class SinkhornInfo(NamedTuple):
@@ -82,42 +81,11 @@ class SinkhornResult:
     marginal_error: Tensor
     n_iter: Tensor
     converged: Tensor
-    _x: Tensor
-    _y: Tensor
-    _a: Tensor | None
-    _b: Tensor | None
-    _eps: Tensor
-    _cost: Cost
+    _points: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, y, a, b
+    _options: dict[str, Any]
 
-    def _problem(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, y, a, b, eps, f, g as the private operators take them: batched, in the type of f."""
-        batched = self.f.dim() == 2
-        f, g = (self.f, self.g) if batched else (self.f[None], self.g[None])
-
-        def points(t: Tensor) -> Tensor:
-            t = t.to(f.dtype)
-            if self._cost == "cosine":
-                square = (t * t).sum(-1, keepdim=True)
-                zero = square == 0
-                t = torch.where(zero, 0, t) / torch.where(zero, 1, square).sqrt()
-            return t.expand(f.shape[0], *t.shape[-2:])
-
-        def weights(t: Tensor | None, like: Tensor) -> Tensor:
-            if t is None:
-                return torch.full(like.shape, 1 / like.shape[-1], dtype=torch.float64, device=like.device)
-            return t.expand_as(like)
-
-        eps = self._eps.to(device=f.device, dtype=torch.float64).expand(f.shape[0])
-        return points(self._x), points(self._y), weights(self._a, f), weights(self._b, g), eps, f, g
-
-    def _options(self) -> tuple[None, None, int, float, float]:
-        return None, None, _COSTS.index(self._cost), _INF, _INF
-
-    def _product(self, v: Tensor, transpose: bool) -> Tensor:
-        """P v or P'v for v (B, atoms, K)."""
-        x, y, a, b, eps, f, g = self._problem()
-        out: Tensor = ops._sinkhorn_plan.default(v, x, y, a, b, eps, f, g, transpose, *self._options())
-        return out
+    def _solved(self) -> tuple[Any, ...]:
+        return *self._points, self.f, self.g
 
     def plan(self) -> Tensor:
         """The plan P, (N, M) or (B, N, M): memory for every pair. Differentiable.
@@ -127,19 +95,8 @@ class SinkhornResult:
         >>> torch.allclose(result.plan().sum(), torch.tensor(1.0), atol=1e-5)
         True
         """
-        x, y, a, b, eps, f, g = self._problem()
-        difference = x[:, :, None] - y[:, None]
-        square = difference.square().sum(-1)
-        if self._cost == "euclidean":
-            zero = square == 0
-            cost = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
-        elif self._cost == "cosine":
-            cost = 1 - x @ y.mT
-        else:
-            cost = square / 2 if self._cost == "half_sqeuclidean" else square
-        z = (f[:, :, None] + g[:, None] - cost) / eps[:, None, None].to(f.dtype)
-        plan = a[:, :, None].to(f.dtype) * b[:, None].to(f.dtype) * z.exp()
-        return plan if self.f.dim() == 2 else plan[0]
+        plan: Tensor = ops.sinkhorn_plan.default(*self._solved(), **self._options)
+        return plan
 
     def apply(self, v: Tensor, transpose: bool = False) -> Tensor:
         """P v, or P' v with ``transpose``, without the plan in memory. Once differentiable.
@@ -156,14 +113,8 @@ class SinkhornResult:
         >>> torch.allclose(result.apply(torch.ones(5)), torch.full((4,), 0.25), atol=1e-5)
         True
         """
-        atoms = (self.f if transpose else self.g).shape
-        if v.shape[: len(atoms)] != atoms or v.dim() > len(atoms) + 1:
-            raise ValueError(f"apply: v has shape {tuple(v.shape)}, expected {tuple(atoms)} or one more dimension")
-        vector, batched = v.dim() == len(atoms), len(atoms) == 2
-        v = v.unsqueeze(-1) if vector else v
-        out = self._product(v if batched else v[None], transpose)
-        out = out if batched else out[0]
-        return out.squeeze(-1) if vector else out
+        product: Tensor = ops.sinkhorn_apply.default(v, *self._solved(), **self._options, transpose=transpose)
+        return product
 
     def barycentric_projection(self) -> Tensor:
         r"""Where the plan sends each x: :math:`\sum_j P_{ij} y_j / \sum_j P_{ij}`, shaped as x. Once differentiable.
@@ -174,7 +125,7 @@ class SinkhornResult:
         tensor([1., 1.])
         """
         g = self.g
-        y = self._y.to(g.dtype).expand(*g.shape, self._y.shape[-1])
+        y = self._points[1].to(g.dtype).expand(*g.shape, self._points[1].shape[-1])
         extended = torch.cat((y, torch.ones_like(y[..., :1])), -1)
         image = self.apply(extended)
         return image[..., :-1] / image[..., -1:]
@@ -182,20 +133,8 @@ class SinkhornResult:
     @property
     def transport_cost(self) -> Tensor:
         """<P, C>, () or (B,), detached: as a loss it would need the derivative of P."""
-        x, y, a, b, eps, f, g = (t.detach() for t in self._problem())
-        cost: Tensor = ops._sinkhorn_marginals.default(x, y, a, b, eps, f, g, *self._options())[2]
-        cost = cost.to(f.dtype)
-        return cost if self.f.dim() == 2 else cost[0]
-
-
-def _eps_of(eps: float | Tensor | None, blur: float | None, cost: Cost) -> Tensor:
-    if eps is not None:
-        tensor = scalar_tensor(eps)
-        assert tensor is not None
-        return tensor
-    blur = 0.05 if blur is None else blur
-    value = blur if cost == "euclidean" else (2 * blur**2 if cost == "sqeuclidean" else blur**2)
-    return torch.full((), value, dtype=torch.float64)
+        cost: Tensor = ops.sinkhorn_transport_cost.default(*self._solved(), **self._options)
+        return cost
 
 
 def sinkhorn(
@@ -238,21 +177,20 @@ def sinkhorn(
         >>> x.grad.shape, bool(result.converged)
         (torch.Size([6, 3]), True)
     """
-    out = ops.sinkhorn.default(
+    options = {"cost": cost, "eps": scalar_tensor(eps), "blur": blur}
+    value, f, g, marginal_error, n_iter, converged = ops.sinkhorn.default(
         x,
         y,
         a,
         b,
-        cost=cost,
-        eps=scalar_tensor(eps),
-        blur=blur,
+        **options,
         rho=_pair(rho),
         reach=_pair(reach),
         tol=tol,
         max_iter=max_iter,
         init_g=_init(init).get("init_g"),
     )
-    return SinkhornResult(*out, x, y, a, b, _eps_of(eps, blur, cost), cost)
+    return SinkhornResult(value, f, g, marginal_error, n_iter, converged, (x, y, a, b), options)
 
 
 def sinkhorn_divergence(
