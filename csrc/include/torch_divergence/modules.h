@@ -2,3 +2,4 @@
 #pragma once
 
 #include <torch_divergence/modules/kl_div.h>
+#include <torch_divergence/modules/sinkhorn.h>
