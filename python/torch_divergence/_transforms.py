@@ -42,11 +42,46 @@ def _batched_rows(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tup
     return outputs, tuple(0 if wanted else None for wanted in mask)
 
 
-def _register(name: str) -> None:
+# Operators on a batch of problems: a batch dimension in front of each tensor argument joins the one that is there.
+BATCHED = (
+    "_sinkhorn",
+    "_sinkhorn_backward",
+    "_sinkhorn_double_backward",
+    "_sinkhorn_marginals",
+    "_sinkhorn_plan",
+    "_sinkhorn_plan_backward",
+    "_sinkhorn_potentials",
+    "_sinkhorn_potentials_backward",
+    "_sinkhorn_potentials_jvp",
+)
+
+
+def _joined_batches(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    size = info.batch_size
+
+    def to_front(name: str, arg: Any, dim: int | None) -> Any:
+        if not isinstance(arg, Tensor):
+            return arg
+        if name in ("x_offsets", "y_offsets"):
+            raise NotImplementedError("sinkhorn_ragged under torch.func.vmap: problems of different sizes, in batches")
+        arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        return arg.flatten(0, 1)
+
+    names = [argument.name for argument in op.default._schema.arguments]
+    outputs = op(*(to_front(name, arg, dim) for name, arg, dim in zip(names, args, in_dims, strict=True)))
+    if isinstance(outputs, Tensor):
+        return outputs.reshape(size, -1, *outputs.shape[1:]), 0
+    mask = args[-1] if isinstance(args[-1], Sequence) else [True] * len(outputs)
+    split = [t.reshape(size, -1, *t.shape[1:]) if kept else t for t, kept in zip(outputs, mask, strict=True)]
+    return tuple(split), tuple(0 if wanted else None for wanted in mask)
+
+
+def _register(name: str, batched: Any) -> None:
     op = getattr(torch.ops.torch_divergence, name)
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, int | tuple[int | None, ...]]:
-        return _batched_rows(op, info, in_dims, *args)
+        outputs: tuple[Any, int | tuple[int | None, ...]] = batched(op, info, in_dims, *args)
+        return outputs
 
     torch.library.register_vmap(f"torch_divergence::{name}", rule)
 
@@ -54,4 +89,6 @@ def _register(name: str) -> None:
 def register() -> None:
     """Registers the rules; called once, when the package is imported."""
     for name in ROW_WISE:
-        _register(name)
+        _register(name, _batched_rows)
+    for name in BATCHED:
+        _register(name, _joined_batches)

@@ -17,6 +17,7 @@
 #include <torch_divergence/functional/kl_div_topk.h>
 #include <torch_divergence/functional/kl_estimate.h>
 #include <torch_divergence/functional/ppo.h>
+#include <torch_divergence/functional/sinkhorn.h>
 #include <torch_divergence/functional/sliced_wasserstein.h>
 #include <torch_divergence/functional/trust_region.h>
 #include <torch_divergence/functional/vae.h>

@@ -9,6 +9,7 @@
 #include <torch_divergence/modules/kl_div_topk.h>
 #include <torch_divergence/modules/kl_estimate.h>
 #include <torch_divergence/modules/ppo.h>
+#include <torch_divergence/modules/sinkhorn.h>
 #include <torch_divergence/modules/sliced_wasserstein.h>
 #include <torch_divergence/modules/vae.h>
 #include <torch_divergence/modules/wasserstein_1d.h>

@@ -11,6 +11,15 @@ from torch_divergence.functional._kl_div import kl_div
 from torch_divergence.functional._kl_div_topk import Tail, kl_div_topk
 from torch_divergence.functional._kl_estimate import KLEstimateGradient, KLEstimator, kl_estimate
 from torch_divergence.functional._ppo import AdaptiveKLController, ppo_clip_loss, ppo_kl_penalty_loss
+from torch_divergence.functional._sinkhorn import (
+    Cost,
+    SinkhornInfo,
+    SinkhornResult,
+    sinkhorn,
+    sinkhorn_cost,
+    sinkhorn_divergence,
+    sinkhorn_ragged,
+)
 from torch_divergence.functional._sliced_wasserstein import sliced_wasserstein
 from torch_divergence.functional._trust_region import TrustRegionResult, trust_region_step
 from torch_divergence.functional._vae import Likelihood, vae_loss
@@ -20,12 +29,15 @@ from torch_divergence.functional._wgan import gradient_penalty, wgan_critic_loss
 
 __all__ = [
     "AdaptiveKLController",
+    "Cost",
     "Direction",
     "GANLossKind",
     "KLEstimateGradient",
     "KLEstimator",
     "Likelihood",
     "Reduction",
+    "SinkhornInfo",
+    "SinkhornResult",
     "Space",
     "Tail",
     "TrustRegionResult",
@@ -44,6 +56,10 @@ __all__ = [
     "kl_estimate",
     "ppo_clip_loss",
     "ppo_kl_penalty_loss",
+    "sinkhorn",
+    "sinkhorn_cost",
+    "sinkhorn_divergence",
+    "sinkhorn_ragged",
     "sliced_wasserstein",
     "trust_region_step",
     "vae_loss",

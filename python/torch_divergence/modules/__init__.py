@@ -8,6 +8,7 @@ from torch_divergence.modules._kl_div import KLDivLoss
 from torch_divergence.modules._kl_div_topk import KLDivTopKLoss
 from torch_divergence.modules._kl_estimate import KLEstimateLoss
 from torch_divergence.modules._ppo import PPOClipLoss, PPOKLPenaltyLoss
+from torch_divergence.modules._sinkhorn import SinkhornCostLoss, SinkhornLoss
 from torch_divergence.modules._sliced_wasserstein import SlicedWassersteinLoss
 from torch_divergence.modules._vae import VAELoss
 from torch_divergence.modules._wasserstein_1d import Wasserstein1dLoss
@@ -24,6 +25,8 @@ __all__ = [
     "KLEstimateLoss",
     "PPOClipLoss",
     "PPOKLPenaltyLoss",
+    "SinkhornCostLoss",
+    "SinkhornLoss",
     "SlicedWassersteinLoss",
     "VAELoss",
     "Wasserstein1dLoss",

@@ -1,0 +1,118 @@
+// Entropic optimal transport: the formulas, once, and the signatures of its pair kernels. Included by g++ and nvcc; no
+// ATen.
+//
+//   C_ij cost, a_i >= 0 and b_j >= 0 weights, m_a = sum a, m_b = sum b, ra and rb penalties (infinite = hard marginal)
+//   z_ij = (f_i + g_j - C_ij)/eps     W_ij = exp(z_ij)     P_ij = a_i b_j W_ij     r = P 1     c = P' 1     m_P = sum P
+//
+//   OT   = min_P <P,C> + eps KL(P|a x b) + ra KL(r|a) + rb KL(c|b),      KL(p|q) = sum p log(p/q) - p + q
+//   dual = A(a,f,ra) + A(b,g,rb) - eps (m_P - m_a m_b),    A(a,f,ra) = -ra <a, exp(-f/ra) - 1>, or <a,f> if ra = inf
+//   at the optimum  r = a E_a,  c = b E_b,  E_a = exp(-f/ra) (1 if hard),  k_a = 1 + eps/ra
+//
+//   S = OT(a,b) - OT(a,a)/2 - OT(b,b)/2 + eps/2 (m_a - m_b)^2
+//
+// Cuturi, "Sinkhorn Distances", 2013; Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn
+// Divergences", 2019; Sejourne et al., "Sinkhorn Divergences for Unbalanced Optimal Transport", 2019.
+//
+// First derivatives, by the envelope theorem (potentials held fixed), d1C = dC(x_i, y_j)/dx_i:
+//   dC = P    dx_i = sum_j P_ij d1C_ij    deps = KL(P|a x b)
+//   da_i = f_i + eps (m_b - 1) if hard, else eps (m_b - 1) - (ra + eps) expm1(-f_i/ra)
+// Every d1C is a factor times x - y, and so is d2C = -d1C:
+//   half_sqeuclidean 1;  sqeuclidean 2;  euclidean 1/|x - y|, 0 at 0
+// Cosine is half_sqeuclidean between the normalised points: 1 - <x,y> = |x - y|^2/2 + (1 - |x|^2)/2 + (1 - |y|^2)/2.
+//
+// Second derivatives: see Linear in sinkhorn_solver.h.
+#pragma once
+#include <cstdint>
+
+#include "core/cpu_dispatch.h"
+
+namespace torch_divergence {
+
+enum CostCode : int { kHalfSqEuclidean = 0, kSqEuclidean = 1, kEuclidean = 2, kCosine = 3, kCostMatrix = 4 };
+
+namespace transport {
+
+// Columns are padded to this many, so that the kernels know no tail. Padding has weight 0.
+inline constexpr int64_t kPad = 16;
+inline constexpr double kLog2e = 1.4426950408889634;
+// In the place of log2(0): far below every score, and no infinity, which would subtract to NaN.
+inline constexpr double kNoScore = -1e30;
+
+// The pairs of one problem, seen from one side (rows). A is float or double, all arrays of A are of that type.
+struct Pairs {
+  bool is_double;
+  int cost;  // not kCosine, which is kHalfSqEuclidean here
+  int64_t rows, cols, dims;
+  // Coordinate k of row i is x[k * x_stride + i] (A); of column j, y[k * y_stride + j]; y_stride is a multiple of kPad.
+  const void *x, *y;
+  int64_t x_stride, y_stride;
+  // kCostMatrix: C_ij = matrix[i * row_stride + j * col_stride] (A).
+  const void* matrix;
+  int64_t row_stride, col_stride;
+};
+
+// out_i = log2 sum_j 2^(score_j - C_ij log2e/eps)
+struct SoftMin {
+  Pairs pairs;
+  const void* score;  // A, padded with kNoScore: log2 b_j + g_j log2e/eps
+  double inv_eps;
+  double* out;
+};
+
+// The same for eps above the spread of C, where the sum is near m_b: with s_i = max_j g_j - C_ij over b_j > 0,
+//   out_i = s_i + eps log1p(sum_j b_j/m_b expm1((g_j - C_ij - s_i)/eps))
+struct SoftMinFlat {
+  Pairs pairs;
+  const void* potential;  // A, g_j; kNoScore where b_j = 0
+  const void* weight;     // A, b_j/m_b
+  double inv_eps;
+  double* out;
+};
+
+// low_i = min_j C_ij + offset_j, high_i = max_j C_ij + offset_j over the columns of weight above 0.
+struct CostRange {
+  Pairs pairs;
+  const void* offset;  // A; kNoScore where b_j = 0
+  double *low, *high;
+};
+
+// Sums over j of one weight a pair, which serves every derivative:
+//   Q_ij = W_ij [a_i b_j (alpha + alpha_i + beta_j + lambda D_ij + <t_i, v_j>) + b_j p_i + a_i q_j]
+//   D_ij = d1C_ij.vx_i + d2C_ij.vy_j + vC_ij + veps z_ij              (the change of C along a direction, and z veps)
+struct PairSweep {
+  Pairs pairs;
+  double inv_eps;
+  const double* f;  // rows
+  const void* g;    // A, padded
+  // Rows: null is 1 for a, 0 for the others. Columns (A, padded with 0): null is 0.
+  const double *a, *alpha_row, *p;
+  const void *b, *beta, *q;
+  double alpha;
+  double lambda, veps;
+  const void *vx, *vy;   // A, laid out as x and y; null: 0
+  const void* v_matrix;  // A, laid out as C; null: 0
+  const void *t, *v;     // A, rank coordinates laid out as x and y
+  int64_t rank;
+  const void* payload;  // A, payload_dims coordinates laid out as y
+  int64_t payload_dims;
+
+  // Outputs; null: not wanted.
+  double* sum;       // sum_j Q
+  double* sum_cost;  // sum_j Q C
+  double* sum_z;     // sum_j Q z
+  double* entropy;   // sum_j b (z e^z - e^z + 1): KL(P|a x b) once multiplied by a and summed
+  void* gradient;    // A, (rows, dims): sum_j Q d1C
+  bool second;       // adds sum_j P (d11C vx_i + d12C vy_j) to gradient; wants lambda != 0
+  void* product;     // A, (rows, payload_dims): sum_j Q payload_j
+  void* matrix_out;  // A, laid out as C: Q
+};
+
+}  // namespace transport
+
+// Rows [begin, end) of a call.
+TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min, (const transport::SoftMin& call, int64_t begin, int64_t end))
+TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min_flat, (const transport::SoftMinFlat& call, int64_t begin, int64_t end))
+TD_DECLARE_CPU_KERNEL(sinkhorn_cost_range, (const transport::CostRange& call, int64_t begin, int64_t end))
+TD_DECLARE_CPU_KERNEL(sinkhorn_pair_sweep, (const transport::PairSweep& call, int64_t begin, int64_t end))
+
+}  // namespace torch_divergence

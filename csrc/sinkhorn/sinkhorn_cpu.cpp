@@ -1,0 +1,485 @@
+// CPU pair kernels of entropic optimal transport. Compiled once per instruction set (CPU_CAPABILITY); formulas in
+// sinkhorn.h. Nothing the size of rows x columns is stored: costs are recomputed, a tile of a few rows at a time, from
+// coordinates that stay in cache, and by differences of coordinates, which cancel nothing however far the clouds are
+// from the origin.
+#include "sinkhorn/sinkhorn.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "core/vec_math.h"
+
+namespace torch_divergence::cpu::CPU_CAPABILITY {
+namespace {
+
+using namespace transport;
+
+// Columns of a tile: what its rows need stays in the first-level cache.
+constexpr int64_t kTile = 256;
+// Rows of a soft minimum that share the loads of their columns.
+constexpr int kRows = 4;
+
+// 2^t = 2^(t - floor t) 2^floor(t), the first factor by a polynomial on [0, 1): minimax in the relative error (Remez),
+// 7e-8 in float and 3e-18 in double. t up to 1000 in double, 120 in float; anything down to kNoScore gives 0; NaN
+// stays.
+template <class A>
+struct Exp2Polynomial;
+template <>
+struct Exp2Polynomial<float> {
+  static constexpr float c[] = {0.99999992506f,      0.69315307320263f,    0.240153617021126f,
+                                0.0558263181162335f, 0.00898934002358191f, 0.00187757670002f};
+};
+template <>
+struct Exp2Polynomial<double> {
+  static constexpr double c[] = {0.999999999999999997,    0.693147180559946235,     0.240226506959054714,
+                                 0.0555041086657111406,   0.00961812909879262171,   0.00133335586615757574,
+                                 0.000154035114464905525, 0.0000152531902488312434, 1.32081934957471215e-6,
+                                 1.02544573790145502e-7,  6.55445716265483915e-9,   6.27243446480288956e-10};
+};
+template <class A>
+TD_INLINE Vec<A> exp2_fraction(Vec<A> r) {
+  constexpr auto& c = Exp2Polynomial<A>::c;
+  constexpr int n = static_cast<int>(std::size(Exp2Polynomial<A>::c));
+  Vec<A> y(c[n - 1]);
+#pragma GCC unroll 16
+  for (int k = n - 2; k >= 0; --k) y = fmadd(y, r, Vec<A>(c[k]));
+  return y;
+}
+TD_INLINE Vec<float> exp2_of(Vec<float> t) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // 0x9: t - floor(t), no inexact flag. scalef takes the floor of its exponent itself.
+  return _mm512_scalef_ps(exp2_fraction<float>(_mm512_reduce_ps(t, 0x9)), t);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 k = _mm256_floor_ps(t);
+  const __m256 y = exp2_fraction<float>(_mm256_sub_ps(t, k));
+  const __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(k), 23);
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), e));
+  // Below the normal range: 0. NaN compares false with "less", and passes.
+  return _mm256_andnot_ps(_mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_LT_OQ),
+                          _mm256_blendv_ps(scaled, t, _mm256_cmp_ps(t, t, _CMP_UNORD_Q)));
+#else
+  float lanes[kLanes<float>];
+  t.store(lanes);
+  for (float& v : lanes) v = v < -126.f ? 0.f : std::exp2(v);
+  return Vec<float>::loadu(lanes);
+#endif
+}
+TD_INLINE Vec<double> exp2_of(Vec<double> t) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_pd(exp2_fraction<double>(_mm512_reduce_pd(t, 0x9)), t);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256d k = _mm256_floor_pd(t);
+  const __m256d y = exp2_fraction<double>(_mm256_sub_pd(t, k));
+  const __m256i e = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(k)), 52);
+  const __m256d scaled = _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(y), e));
+  return _mm256_andnot_pd(_mm256_cmp_pd(t, _mm256_set1_pd(-1022.), _CMP_LT_OQ),
+                          _mm256_blendv_pd(scaled, t, _mm256_cmp_pd(t, t, _CMP_UNORD_Q)));
+#else
+  double lanes[kLanes<double>];
+  t.store(lanes);
+  for (double& v : lanes) v = v < -1022. ? 0. : std::exp2(v);
+  return Vec<double>::loadu(lanes);
+#endif
+}
+
+template <class A>
+TD_INLINE Vec<A> load_or_zero(const void* x, int64_t at) {
+  return x == nullptr ? Vec<A>(A(0)) : load<A>(static_cast<const A*>(x) + at);
+}
+
+// -- The raw cost of a tile: |x - y|^2, |x - y| or C; what it is multiplied by is raw_scale
+// ----------------------------
+
+double raw_scale(const Pairs& p) { return p.cost == kHalfSqEuclidean ? 0.5 : 1.0; }
+
+template <class A, int R>
+using Rows = A[R][kTile];
+
+// Rows past the end repeat the last one.
+TD_INLINE int64_t row_of(const Pairs& p, int64_t i) { return std::min(i, p.rows - 1); }
+
+template <class A, int R, int D>
+TD_INLINE void squared_distances_of(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
+  const A* const x = static_cast<const A*>(p.x);
+  const A* const y = static_cast<const A*>(p.y) + j;
+  Vec<A> xi[R][D];
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < D; ++k) xi[r][k] = Vec<A>(x[k * p.x_stride + row_of(p, i + r)]);
+  for (int64_t l = 0; l < count; l += kLanes<A>) {
+    Vec<A> yk[D];
+    for (int k = 0; k < D; ++k) yk[k] = load<A>(y + k * p.y_stride + l);
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> first = xi[r][0] - yk[0];
+      Vec<A> s = first * first;
+      for (int k = 1; k < D; ++k) {
+        const Vec<A> d = xi[r][k] - yk[k];
+        s = fmadd(d, d, s);
+      }
+      s.store(out[r] + l);
+    }
+  }
+}
+
+// Any number of dimensions: R rows and V vectors of columns in registers.
+template <class A, int R, int V>
+TD_INLINE void squared_distances_block(const Pairs& p, int64_t i, const A* y, A* const (&out)[R]) {
+  const A* const x = static_cast<const A*>(p.x);
+  Vec<A> s[R][V];
+  for (auto& row : s)
+    for (auto& v : row) v = Vec<A>(A(0));
+  int64_t at[R];
+  for (int r = 0; r < R; ++r) at[r] = row_of(p, i + r);
+  for (int64_t k = 0; k < p.dims; ++k) {
+    Vec<A> yk[V];
+    for (int v = 0; v < V; ++v) yk[v] = load<A>(y + k * p.y_stride + v * kLanes<A>);
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> xk(x[k * p.x_stride + at[r]]);
+      for (int v = 0; v < V; ++v) {
+        const Vec<A> d = xk - yk[v];
+        s[r][v] = fmadd(d, d, s[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) s[r][v].store(out[r] + v * kLanes<A>);
+}
+template <class A, int R>
+void squared_distances_any(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
+  constexpr int kVectors = 2;
+  const A* const y = static_cast<const A*>(p.y) + j;
+  A* row[R];
+  int64_t l = 0;
+  const auto point = [&] {
+    for (int r = 0; r < R; ++r) row[r] = out[r] + l;
+  };
+  for (; l + kVectors * kLanes<A> <= count; l += kVectors * kLanes<A>) {
+    point();
+    squared_distances_block<A, R, kVectors>(p, i, y + l, row);
+  }
+  for (; l < count; l += kLanes<A>) {
+    point();
+    squared_distances_block<A, R, 1>(p, i, y + l, row);
+  }
+}
+
+template <class A, int R>
+void matrix_costs(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
+  const A* const c = static_cast<const A*>(p.matrix);
+  const int64_t real = std::min(count, p.cols - j);
+  for (int r = 0; r < R; ++r) {
+    const A* const from = c + row_of(p, i + r) * p.row_stride + j * p.col_stride;
+    if (p.col_stride == 1) {
+      std::memcpy(out[r], from, static_cast<size_t>(real) * sizeof(A));
+    } else {
+      for (int64_t l = 0; l < real; ++l) out[r][l] = from[l * p.col_stride];
+    }
+    for (int64_t l = real; l < count; ++l) out[r][l] = A(0);
+  }
+}
+
+template <class A, int R>
+TD_INLINE void raw_costs(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
+  if (p.cost == kCostMatrix) {
+    matrix_costs<A, R>(p, i, j, count, out);
+    return;
+  }
+  switch (p.dims) {
+    case 1:
+      squared_distances_of<A, R, 1>(p, i, j, count, out);
+      break;
+    case 2:
+      squared_distances_of<A, R, 2>(p, i, j, count, out);
+      break;
+    case 3:
+      squared_distances_of<A, R, 3>(p, i, j, count, out);
+      break;
+    case 4:
+      squared_distances_of<A, R, 4>(p, i, j, count, out);
+      break;
+    default:
+      squared_distances_any<A, R>(p, i, j, count, out);
+  }
+  if (p.cost == kEuclidean)
+    for (int r = 0; r < R; ++r)
+      for (int64_t l = 0; l < count; l += kLanes<A>) load<A>(out[r] + l).sqrt().store(out[r] + l);
+}
+
+int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// f(first column, columns) for each tile.
+template <class F>
+TD_INLINE void for_tiles(const Pairs& p, const F& f) {
+  const int64_t end = padded(p.cols);
+  for (int64_t j = 0; j < end; j += kTile) f(j, std::min(kTile, end - j));
+}
+
+// -- Soft minima ------------------------------------------------------------------------------------------------------
+
+// Each lane keeps a maximum and a sum of its own, so that no tile ends in a horizontal reduction.
+template <class A>
+void soft_min_rows(const SoftMin& call, int64_t begin, int64_t end) {
+  const Pairs& p = call.pairs;
+  const A* const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  Rows<A, kRows> tile;
+  for (int64_t i = begin; i < end; i += kRows) {
+    Vec<A> best[kRows], sum[kRows];
+    for (int r = 0; r < kRows; ++r) best[r] = Vec<A>(static_cast<A>(kNoScore)), sum[r] = Vec<A>(A(0));
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          raw_costs<A, kRows>(p, i, j, count, tile);
+          for (int r = 0; r < kRows; ++r) {
+            Vec<A> top = best[r];
+            for (int64_t l = 0; l < count; l += kLanes<A>) {
+              const Vec<A> s = fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l));
+              s.store(tile[r] + l);
+              top = max_of(s, top);
+            }
+            Vec<A> part(A(0));
+            for (int64_t l = 0; l < count; l += kLanes<A>) part = part + exp2_of(load<A>(tile[r] + l) - top);
+            sum[r] = fmadd(sum[r], exp2_of(best[r] - top), part);
+            best[r] = top;
+          }
+        });
+    for (int r = 0; r < kRows && i + r < end; ++r) {
+      const A top = max_lane(best[r]);
+      const double total = sum_of(sum[r] * exp2_of(best[r] - Vec<A>(top)));
+      call.out[i + r] = static_cast<double>(top) + std::log2(total);
+    }
+  }
+}
+
+template <class A>
+void soft_min_flat_rows(const SoftMinFlat& call, int64_t begin, int64_t end) {
+  const Pairs& p = call.pairs;
+  const A *const g = static_cast<const A*>(call.potential), *const weight = static_cast<const A*>(call.weight);
+  const Vec<A> minus_scale(static_cast<A>(-raw_scale(p))), inv_eps(static_cast<A>(call.inv_eps));
+  Rows<A, 1> tile;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto scores = [&](int64_t l, int64_t j) __attribute__((always_inline)) {
+      return fmadd(load<A>(tile[0] + l), minus_scale, load<A>(g + j + l));
+    };
+    Vec<A> best(static_cast<A>(kNoScore));
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          raw_costs<A, 1>(p, i, j, count, tile);
+          for (int64_t l = 0; l < count; l += kLanes<A>) best = max_of(scores(l, j), best);
+        });
+    const A top = max_lane(best);
+    double sum = 0;
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          raw_costs<A, 1>(p, i, j, count, tile);
+          Vec<A> part(A(0));
+          for (int64_t l = 0; l < count; l += kLanes<A>) {
+            const Vec<A> w = load<A>(weight + j + l);
+            const Vec<A> term = ((scores(l, j) - Vec<A>(top)) * inv_eps).expm1();
+            part = part + select(w > Vec<A>(A(0)), w * term, w);
+          }
+          sum += sum_of(part);
+        });
+    call.out[i] = static_cast<double>(top) + std::log1p(sum) / call.inv_eps;
+  }
+}
+
+template <class A>
+void cost_range_rows(const CostRange& call, int64_t begin, int64_t end) {
+  const Pairs& p = call.pairs;
+  const A* const offset = static_cast<const A*>(call.offset);
+  const Vec<A> scale(static_cast<A>(raw_scale(p))), none(static_cast<A>(kNoScore));
+  Rows<A, 1> tile;
+  for (int64_t i = begin; i < end; ++i) {
+    Vec<A> low = none.neg(), high = none;
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          raw_costs<A, 1>(p, i, j, count, tile);
+          for (int64_t l = 0; l < count; l += kLanes<A>) {
+            const Vec<A> o = load<A>(offset + j + l), c = fmadd(load<A>(tile[0] + l), scale, o), absent = o == none;
+            low = min_of(select(absent, none.neg(), c), low);
+            high = max_of(select(absent, none, c), high);
+          }
+        });
+    call.low[i] = static_cast<double>(min_lane(low));
+    call.high[i] = static_cast<double>(max_lane(high));
+  }
+}
+
+// -- Sums of pair weights ---------------------------------------------------------------------------------------------
+
+// z e^z - e^z + 1, by its series (k - 1)/k! z^k near 0, where the direct form cancels.
+template <class A>
+TD_INLINE Vec<A> entropy_density(Vec<A> z, Vec<A> e) {
+  constexpr int kTerms = 13;
+  Vec<A> y(A(0));
+  for (int k = kTerms + 1; k >= 2; --k) {
+    double coefficient = k - 1;
+    for (int l = 2; l <= k; ++l) coefficient /= l;
+    y = fmadd(y, z, Vec<A>(static_cast<A>(coefficient)));
+  }
+  return select(z.abs() < Vec<A>(A(0.5)), y * z * z, fmadd(z, e, Vec<A>(A(1)) - e));
+}
+
+template <class A>
+void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
+  const Pairs& p = call.pairs;
+  const A* const y = static_cast<const A*>(p.y);
+  const A* const x = static_cast<const A*>(p.x);
+  const Vec<A> zero(A(0)), one(A(1)), scale(static_cast<A>(raw_scale(p))), inv_eps(static_cast<A>(call.inv_eps)),
+      log2e(static_cast<A>(kLog2e)), ln2(static_cast<A>(1 / kLog2e));
+  // Only between two weightless atoms can e^z overflow and P become 0 * inf: z is cut where no other pair comes.
+  const Vec<A> cut(static_cast<A>(sizeof(A) == 4 ? 80. : 300.));
+  const bool points = p.cost != kCostMatrix, euclidean = p.cost == kEuclidean;
+  const bool moves = points && (call.vx != nullptr || call.vy != nullptr);
+  const bool wants_d = call.lambda != 0 && (moves || call.v_matrix != nullptr || call.veps != 0);
+  const bool second = call.second && moves;
+  // The factor of x - y in d1C; that of euclidean depends on the pair.
+  const Vec<A> fixed_factor(static_cast<A>(p.cost == kSqEuclidean ? 2 : 1));
+  Rows<A, 1> raw;
+  // Of the tile: W, z, D, <x - y, vx - vy>, Q times the factor of d1C, and what multiplies vx - vy.
+  A weight[kTile], exponent[kTile], change[kTile], along[kTile], pull[kTile], push[kTile];
+
+  const auto width = static_cast<size_t>(std::max({p.dims, call.payload_dims, int64_t{1}}) * kLanes<A>);
+  const auto buffer = std::make_unique_for_overwrite<A[]>(2 * width);
+  A *const gradient = buffer.get(), *const product = gradient + width;
+  const auto at = [](const void* v, int64_t k, int64_t stride, int64_t n) __attribute__((always_inline)) {
+    return v == nullptr ? A(0) : static_cast<const A*>(v)[k * stride + n];
+  };
+
+  for (int64_t i = begin; i < end; ++i) {
+    std::fill_n(buffer.get(), 2 * width, A(0));
+    double sum = 0, sum_cost = 0, sum_z = 0, entropy = 0;
+    const double a_i = call.a == nullptr ? 1 : call.a[i];
+    const Vec<A> f(static_cast<A>(call.f[i])), a(static_cast<A>(a_i)),
+        alpha(static_cast<A>(call.alpha + (call.alpha_row == nullptr ? 0 : call.alpha_row[i]))),
+        row_p(static_cast<A>(call.p == nullptr ? 0 : call.p[i]));
+
+    for_tiles(p, [&](int64_t j, int64_t count) {
+      raw_costs<A, 1>(p, i, j, count, raw);
+      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+        for (int64_t l = 0; l < count; l += kLanes<A>) body(l);
+      };
+      each([&](int64_t l) __attribute__((always_inline)) {
+        const Vec<A> c = load<A>(raw[0] + l) * scale;
+        const Vec<A> z = min_of((f + (load_or_zero<A>(call.g, j + l) - c)) * inv_eps, cut);
+        z.store(exponent + l);
+        exp2_of(z * log2e).store(weight + l);
+      });
+      if (wants_d) {
+        each([&](int64_t l) __attribute__((always_inline)) { zero.store(along + l); });
+        if (moves)
+          for (int64_t k = 0; k < p.dims; ++k) {
+            const Vec<A> xk(at(p.x, k, p.x_stride, i)), vk(at(call.vx, k, p.x_stride, i));
+            each([&](int64_t l) __attribute__((always_inline)) {
+              const Vec<A> d = xk - load<A>(y + k * p.y_stride + j + l),
+                           v = vk - load_or_zero<A>(call.vy, k * p.y_stride + j + l);
+              fmadd(d, v, load<A>(along + l)).store(along + l);
+            });
+          }
+        if (call.v_matrix != nullptr) {
+          for (int64_t l = 0; l < count; ++l)
+            change[l] =
+                j + l < p.cols ? static_cast<const A*>(call.v_matrix)[i * p.row_stride + (j + l) * p.col_stride] : A(0);
+        } else {
+          each([&](int64_t l) __attribute__((always_inline)) { zero.store(change + l); });
+        }
+      }
+      const int64_t rank = call.rank;
+      each([&](int64_t l) __attribute__((always_inline)) {
+        const Vec<A> c = load<A>(raw[0] + l), z = load<A>(exponent + l), e = load<A>(weight + l),
+                     b = load<A>(static_cast<const A*>(call.b) + j + l);
+        Vec<A> factor = fixed_factor;
+        if (euclidean) factor = select(c > zero, one / c, zero);
+        Vec<A> bracket = alpha + load_or_zero<A>(call.beta, j + l);
+        if (wants_d) {
+          const Vec<A> d = load<A>(change + l) + factor * load<A>(along + l) + Vec<A>(static_cast<A>(call.veps)) * z;
+          bracket = fmadd(Vec<A>(static_cast<A>(call.lambda)), d, bracket);
+        }
+        for (int64_t k = 0; k < rank; ++k)
+          bracket = fmadd(Vec<A>(static_cast<const A*>(call.t)[k * p.x_stride + i]),
+                          load<A>(static_cast<const A*>(call.v) + k * p.y_stride + j + l), bracket);
+        const Vec<A> plan = e * a * b;
+        const Vec<A> q = plan * bracket + e * (b * row_p + a * load_or_zero<A>(call.q, j + l));
+        q.store(weight + l);
+        Vec<A> pulled = q * factor;
+        if (second) {
+          (plan * factor).store(push + l);
+          if (euclidean) pulled = pulled - plan * load<A>(along + l) * factor * factor * factor;
+        }
+        pulled.store(pull + l);
+      });
+      Vec<A> part_sum(A(0)), part_cost(A(0)), part_z(A(0));
+      each([&](int64_t l) __attribute__((always_inline)) {
+        const Vec<A> q = load<A>(weight + l);
+        part_sum = part_sum + q;
+        part_cost = fmadd(q, load<A>(raw[0] + l), part_cost);
+        part_z = fmadd(q, load<A>(exponent + l), part_z);
+      });
+      sum += sum_of(part_sum);
+      sum_cost += sum_of(part_cost * scale);
+      sum_z += sum_of(part_z);
+      if (call.entropy != nullptr) {
+        Vec<A> part(A(0));
+        each([&](int64_t l) __attribute__((always_inline)) {
+          const Vec<A> z = load<A>(exponent + l), b = load<A>(static_cast<const A*>(call.b) + j + l);
+          part = fmadd(b, entropy_density<A>(z, exp2_of(z * log2e)), part);
+        });
+        entropy += sum_of(part);
+      }
+      if (call.gradient != nullptr)
+        for (int64_t k = 0; k < p.dims; ++k) {
+          const Vec<A> xk(x[k * p.x_stride + i]), vk(at(call.vx, k, p.x_stride, i));
+          Vec<A> total = load<A>(gradient + k * kLanes<A>);
+          each([&](int64_t l) __attribute__((always_inline)) {
+            total = fmadd(load<A>(pull + l), xk - load<A>(y + k * p.y_stride + j + l), total);
+          });
+          if (second)
+            each([&](int64_t l) __attribute__((always_inline)) {
+              total = fmadd(load<A>(push + l), vk - load_or_zero<A>(call.vy, k * p.y_stride + j + l), total);
+            });
+          total.store(gradient + k * kLanes<A>);
+        }
+      for (int64_t k = 0; k < call.payload_dims; ++k) {
+        Vec<A> total = load<A>(product + k * kLanes<A>);
+        each([&](int64_t l) __attribute__((always_inline)) {
+          total =
+              fmadd(load<A>(weight + l), load<A>(static_cast<const A*>(call.payload) + k * p.y_stride + j + l), total);
+        });
+        total.store(product + k * kLanes<A>);
+      }
+      if (call.matrix_out != nullptr) {
+        A* const out = static_cast<A*>(call.matrix_out) + i * p.row_stride + j * p.col_stride;
+        for (int64_t l = 0; l < std::min(count, p.cols - j); ++l) out[l * p.col_stride] = weight[l];
+      }
+    });
+
+    if (call.sum != nullptr) call.sum[i] = sum;
+    if (call.sum_cost != nullptr) call.sum_cost[i] = sum_cost;
+    if (call.sum_z != nullptr) call.sum_z[i] = sum_z;
+    if (call.entropy != nullptr) call.entropy[i] = entropy;
+    if (call.gradient != nullptr)
+      for (int64_t k = 0; k < p.dims; ++k)
+        static_cast<A*>(call.gradient)[i * p.dims + k] = static_cast<A>(sum_of(load<A>(gradient + k * kLanes<A>)));
+    for (int64_t k = 0; k < call.payload_dims; ++k)
+      static_cast<A*>(call.product)[i * call.payload_dims + k] =
+          static_cast<A>(sum_of(load<A>(product + k * kLanes<A>)));
+  }
+}
+
+}  // namespace
+
+void sinkhorn_soft_min(const SoftMin& call, int64_t begin, int64_t end) {
+  call.pairs.is_double ? soft_min_rows<double>(call, begin, end) : soft_min_rows<float>(call, begin, end);
+}
+void sinkhorn_soft_min_flat(const SoftMinFlat& call, int64_t begin, int64_t end) {
+  call.pairs.is_double ? soft_min_flat_rows<double>(call, begin, end) : soft_min_flat_rows<float>(call, begin, end);
+}
+void sinkhorn_cost_range(const CostRange& call, int64_t begin, int64_t end) {
+  call.pairs.is_double ? cost_range_rows<double>(call, begin, end) : cost_range_rows<float>(call, begin, end);
+}
+void sinkhorn_pair_sweep(const PairSweep& call, int64_t begin, int64_t end) {
+  call.pairs.is_double ? pair_sweep_rows<double>(call, begin, end) : pair_sweep_rows<float>(call, begin, end);
+}
+
+}  // namespace torch_divergence::cpu::CPU_CAPABILITY

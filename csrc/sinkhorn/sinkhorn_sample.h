@@ -1,0 +1,185 @@
+// One problem of a batch, laid out for the pair kernels.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <type_traits>
+#include <vector>
+
+#include "sinkhorn/sinkhorn.h"
+#include "sinkhorn/sinkhorn_solver.h"
+
+namespace torch_divergence::transport {
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// Rows [0, rows) over threads, in blocks that the kernels like. In a parallel region this is a plain call.
+template <class Kernel, class Call>
+void run_rows(Kernel kernel, const Call& call) {
+  constexpr int64_t kBlock = 4, kPairs = int64_t{1} << 15;
+  const int64_t rows = call.pairs.rows, blocks = (rows + kBlock - 1) / kBlock;
+  at::parallel_for(0, blocks, std::max<int64_t>(1, kPairs / (kBlock * call.pairs.cols)),
+                   [&](int64_t begin, int64_t end) { kernel(call, begin * kBlock, std::min(rows, end * kBlock)); });
+}
+
+template <class A>
+class Sample {
+ public:
+  // points: x (n, dims), y (m, dims), null for x again;  matrix: C (n, m).
+  Sample(int cost, int64_t n, int64_t m, int64_t dims, const A* x, const A* y)
+      : cost_(cost == kCosine ? kHalfSqEuclidean : cost), n_(n), m_(m), dims_(dims), offset_x_(n), offset_y_(m) {
+    if (cost == kCostMatrix) {
+      matrix_ = x;
+      return;
+    }
+    x_ = coordinates(x, n, dims);
+    y_ = y == nullptr ? x_ : coordinates(y, m, dims);
+    if (cost == kCosine) {
+      set_offsets(x_, offset_x_);
+      set_offsets(y_, offset_y_);
+    }
+  }
+
+  int64_t count(Side side) const { return side == Side::Rows ? n_ : m_; }
+
+  // (count, dims) -> dims x padded(count)
+  static std::vector<A> coordinates(const A* points, int64_t count, int64_t dims) {
+    const int64_t stride = padded(count);
+    std::vector<A> out(static_cast<size_t>(dims * stride));
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < dims; ++k) out[static_cast<size_t>(k * stride + i)] = points[i * dims + k];
+    return out;
+  }
+
+  Pairs pairs(Side side) const {
+    const bool rows = side == Side::Rows;
+    return {std::is_same_v<A, double>,
+            cost_,
+            rows ? n_ : m_,
+            rows ? m_ : n_,
+            dims_,
+            rows ? x_.data() : y_.data(),
+            rows ? y_.data() : x_.data(),
+            padded(rows ? n_ : m_),
+            padded(rows ? m_ : n_),
+            matrix_,
+            rows ? m_ : 1,
+            rows ? 1 : m_};
+  }
+  // What cosine adds to the cost of the points of a side: 1/2 for a zero vector.
+  const Vector& offset(Side side) const { return side == Side::Rows ? offset_x_ : offset_y_; }
+
+  // The extremes of C over pairs of positive weight.
+  void set_cost_range(Problem& p) const {
+    CostRange call{pairs(Side::Rows), nullptr, nullptr, nullptr};
+    Vector low(static_cast<size_t>(n_)), high(low);
+    const auto offset = columns(m_, kNoScore, [&](size_t j) { return p.b[j] > 0 ? offset_y_[j] : kNoScore; });
+    call.offset = offset.data();
+    call.low = low.data();
+    call.high = high.data();
+    run_rows(TD_CPU_KERNEL(sinkhorn_cost_range), call);
+    p.cost_low = -kNoScore, p.cost_high = kNoScore;
+    for (size_t i = 0; i < low.size(); ++i)
+      if (p.a[i] > 0) {
+        p.cost_low = std::min(p.cost_low, low[i] + offset_x_[i]);
+        p.cost_high = std::max(p.cost_high, high[i] + offset_x_[i]);
+      }
+  }
+
+  // The soft c-transform onto `side` of a problem over these pairs.
+  void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) const {
+    const bool rows = side == Side::Rows;
+    const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
+                 &col_offset = rows ? offset_y_ : offset_x_;
+    const int64_t cols = rows ? m_ : n_;
+    const double inv_eps = 1 / eps;
+    if (eps > p.spread()) {
+      const double mass = sum_of(weight);
+      const auto g =
+          columns(cols, kNoScore, [&](size_t j) { return weight[j] > 0 ? potential[j] - col_offset[j] : kNoScore; });
+      const auto share = columns(cols, 0, [&](size_t j) { return weight[j] / mass; });
+      run_rows(TD_CPU_KERNEL(sinkhorn_soft_min_flat),
+               SoftMinFlat{pairs(side), g.data(), share.data(), inv_eps, out.data()});
+      const double shift = eps * std::log(mass);
+      for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - (out[i] + shift);
+      return;
+    }
+    const auto score = columns(cols, kNoScore, [&](size_t j) {
+      return weight[j] > 0 ? std::log2(weight[j]) + (potential[j] - col_offset[j]) * inv_eps * kLog2e : kNoScore;
+    });
+    run_rows(TD_CPU_KERNEL(sinkhorn_soft_min), SoftMin{pairs(side), score.data(), inv_eps, out.data()});
+    for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - eps / kLog2e * out[i];
+  }
+
+  template <class F>
+  static std::vector<A> columns(int64_t count, double fill, const F& value) {
+    std::vector<A> out(static_cast<size_t>(padded(count)), static_cast<A>(fill));
+    for (size_t j = 0; j < static_cast<size_t>(count); ++j) out[j] = static_cast<A>(value(j));
+    return out;
+  }
+
+ private:
+  void set_offsets(const std::vector<A>& points, Vector& offset) const {
+    const size_t stride = static_cast<size_t>(padded(static_cast<int64_t>(offset.size())));
+    for (size_t i = 0; i < offset.size(); ++i) {
+      bool zero = true;
+      for (size_t k = 0; k < static_cast<size_t>(dims_); ++k) zero = zero && points[k * stride + i] == 0;
+      offset[i] = zero ? 0.5 : 0;
+    }
+  }
+
+  int cost_;
+  int64_t n_, m_, dims_;
+  std::vector<A> x_, y_;
+  const A* matrix_ = nullptr;
+  Vector offset_x_, offset_y_;
+};
+
+// A PairSweep under construction: keeps the arrays that it points to. f and g are the potentials of rows and columns.
+template <class A>
+class Sweep {
+ public:
+  Sweep(const Sample<A>& sample, Side side, double eps, const Vector& f, const Vector& g)
+      : rows_(static_cast<size_t>(sample.count(side))),
+        cols_(sample.count(side == Side::Rows ? Side::Columns : Side::Rows)) {
+    call.pairs = sample.pairs(side);
+    call.inv_eps = 1 / eps;
+    const Vector &row_offset = sample.offset(side),
+                 &col_offset = sample.offset(side == Side::Rows ? Side::Columns : Side::Rows);
+    Vector shifted_f = f, shifted_g = g;
+    for (size_t i = 0; i < f.size(); ++i) shifted_f[i] -= row_offset[i];
+    for (size_t j = 0; j < g.size(); ++j) shifted_g[j] -= col_offset[j];
+    call.f = keep(std::move(shifted_f));
+    call.g = columns(shifted_g);
+  }
+
+  const double* keep(Vector v) { return vectors_.emplace_back(std::move(v)).data(); }
+  const A* columns(const Vector& v) {
+    return arrays_.emplace_back(Sample<A>::columns(cols_, 0, [&](size_t j) { return v[j]; })).data();
+  }
+  // Points of the rows or of the columns, (count, dims); null stays null.
+  const A* coordinates(const A* points, bool of_rows, int64_t dims) {
+    if (points == nullptr) return nullptr;
+    return arrays_.emplace_back(Sample<A>::coordinates(points, of_rows ? static_cast<int64_t>(rows_) : cols_, dims))
+        .data();
+  }
+  // An output of one number a row.
+  Vector& wanted(double*& slot) {
+    Vector& v = vectors_.emplace_back(rows_);
+    slot = v.data();
+    return v;
+  }
+  void run() { run_rows(TD_CPU_KERNEL(sinkhorn_pair_sweep), call); }
+
+  PairSweep call{};
+
+ private:
+  size_t rows_;
+  int64_t cols_;
+  std::deque<Vector> vectors_;
+  std::deque<std::vector<A>> arrays_;
+};
+
+}  // namespace torch_divergence::transport

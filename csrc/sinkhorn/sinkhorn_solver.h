@@ -1,0 +1,86 @@
+// The solver of entropic optimal transport and the linear system behind its second derivatives. Both work on vectors of
+// atoms in double and reach the pairs only through the functions of a Problem, whatever the cost, the type and the
+// device behind them. Formulas in sinkhorn.h.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <vector>
+
+namespace torch_divergence::transport {
+
+using Vector = std::vector<double>;
+
+enum class Side { Rows, Columns };
+
+// One problem of a batch. Rows carry a and f, columns b and g. Symmetric: columns are the rows again, f = g.
+struct Problem {
+  Vector a, b;
+  double eps = 1;
+  double rho_a = std::numeric_limits<double>::infinity(), rho_b = rho_a;
+  bool symmetric = false;
+  // Over pairs of positive weight.
+  double cost_low = 0, cost_high = 0;
+  // Unit of rounding of the arithmetic on pairs.
+  double rounding = 0;
+  // out = the soft c-transform onto `side`, at this eps. For the rows: -eps log sum_j b_j exp((g_j - C_ij)/eps).
+  std::function<void(Side side, const Vector& potential, double eps, Vector& out)> soft_min;
+
+  bool balanced() const;
+  double spread() const { return cost_high - cost_low; }
+};
+
+struct Solution {
+  Vector f, g;
+  double value = 0;           // the dual
+  double marginal_error = 0;  // of exactly these f and g
+  int64_t iterations = 0;
+  bool converged = false;
+};
+
+// Annealing, then alternating soft c-transforms with Anderson acceleration of g and, where unbalanced, the translation
+// of Sejourne, Vialard and Peyre, "Faster Unbalanced Optimal Transport", 2022; symmetric problems by averaging (Knight,
+// Ruiz and Ucar, "A Symmetry Preserving Algorithm for Matrix Scaling", 2014), because alternating may crawl there.
+// tol is compared with the marginal error, which costs no pass; 0 runs exactly max_iter iterations. init: g (f where
+// symmetric), or empty.
+Solution solve(const Problem& problem, double tol, int64_t max_iter, const Vector& init);
+
+// sum_i a_i of the dual's term of one side.
+double side_value(const Vector& a, const Vector& f, double rho);
+// d value/d a_i; it exists, one-sided, where a_i = 0.
+double weight_gradient(double f, double eps, double rho, double other_mass);
+inline double k_of(double eps, double rho) { return 1 + eps / rho; }
+double sum_of(const Vector& v);
+double dot(const Vector& u, const Vector& v);
+
+// The balanced potentials returned are those with <a,f> = <b,g>. What that gauge does to a direction (va, vb) or a
+// cotangent (F, G): (F - s a, G + s b), with this s.
+double gauge_slope(const Problem& p, const Vector& F, const Vector& G);
+
+// The linear system behind every second derivative. With W = exp(z), rho = W b, gamma = W'a:
+//
+//   N [df; dg] = [p; q]:   k_a rho_i df_i + sum_j W_ij b_j dg_j = p_i     k_b gamma_j dg_j + sum_i W_ij a_i df_i = q_j
+//
+// the rows of [diag(k_a r) P; P' diag(k_b c)] divided by a_i and b_j, so that weightless atoms need no special case.
+// The rows are eliminated; the Schur complement, symmetric once multiplied by b,
+//   b k_b gamma - b W' diag(a/(k_a rho)) W b
+// is solved by conjugate gradients with its diagonal as preconditioner: two passes a step. Balanced, it is singular
+// along the constants: residual and direction are projected. No ridge, which would bias the result.
+class Linear {
+ public:
+  // times(Rows, u): W u;  times(Columns, u): W'u.  squared: the same for the squares of W.
+  using Product = std::function<Vector(Side side, const Vector& u)>;
+  Linear(const Problem& p, Product times, const Product& times_squared);
+
+  // N [df; dg] = [p; q]
+  void solve(const Vector& p, const Vector& q, Vector& df, Vector& dg) const;
+  // N' [L; U] = [F; G]: N again, for l = L/a and u = U/b.
+  void solve_transposed(const Vector& F, const Vector& G, Vector& L, Vector& U) const;
+
+ private:
+  const Problem& problem_;
+  Product times_;
+  Vector rows_, cols_, diagonal_;
+};
+
+}  // namespace torch_divergence::transport
