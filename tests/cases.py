@@ -23,6 +23,7 @@ from loss import (
     to_numpy,
     to_space,
 )
+from losses.js_div import JS_DIV
 from losses.kl_div import KL_DIV
 from torch import Tensor
 
@@ -45,7 +46,7 @@ __all__ = [
     "to_space",
 ]
 
-LOSSES = (KL_DIV,)
+LOSSES = (JS_DIV, KL_DIV)
 
 ALL_OPTIONS = [Case(loss, options) for loss in LOSSES for options in loss.spaces()]
 TRANSFORMS = [Case(loss, options) for loss in LOSSES for options in loss.transforms]

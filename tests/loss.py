@@ -84,6 +84,7 @@ class Loss:
     differentiable: tuple[int, ...] = (0, 1)
     value_and_grad: bool = True
     inplace_grad: bool = True
+    curvature: float = 1.0  # of the Hessian at P = Q, in units of the Fisher matrix
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         return getattr(td, self.name)(*tensors, **options)

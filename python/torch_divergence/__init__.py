@@ -30,8 +30,8 @@ def _check_torch() -> None:
 _check_torch()
 
 from torch_divergence import _C, _transforms, functional, modules  # noqa: E402
-from torch_divergence.functional import kl_div  # noqa: E402
-from torch_divergence.modules import KLDivLoss  # noqa: E402
+from torch_divergence.functional import js_div, kl_div  # noqa: E402
+from torch_divergence.modules import JSDivLoss, KLDivLoss  # noqa: E402
 
 _transforms.register()
 
@@ -55,11 +55,13 @@ def empty_cache() -> None:
 
 
 __all__ = [
+    "JSDivLoss",
     "KLDivLoss",
     "__version__",
     "cmake_prefix_path",
     "empty_cache",
     "functional",
+    "js_div",
     "kl_div",
     "modules",
 ]

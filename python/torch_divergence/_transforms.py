@@ -8,7 +8,14 @@ from torch import Tensor
 
 # Operators on rows: their tensors hold one entry or one distribution a row, so a batch dimension in front of each
 # tensor argument only makes more rows.
-ROW_WISE = ("_kl_div", "_kl_div_backward", "_kl_div_double_backward")
+ROW_WISE = (
+    "_js_div",
+    "_js_div_backward",
+    "_js_div_double_backward",
+    "_kl_div",
+    "_kl_div_backward",
+    "_kl_div_double_backward",
+)
 
 
 def _batched_rows(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, tuple[int | None, ...]]:
