@@ -105,6 +105,329 @@ struct Sums {
   }
 };
 
+// What the gradient of the scaled divergence is multiplied by.
+struct Weights {
+  double p, q;
+  Weights(const JsDivRows& rows, double coefficient)
+      : p(coefficient * (rows.unit() / (1 - rows.beta))), q(coefficient * (rows.unit() / rows.beta)) {}
+};
+
+// -- Both sides in logits -------------------------------------------------------------------------------------------
+
+// Below this beta what the formulas divide by leaves float's range.
+constexpr double kLeastBeta = 0x1p-20;
+
+// Exponentials of one row, e^((x - max)/T) with the maximum so far of each chunk.
+template <class A>
+struct Kept {
+  A* exps;
+  double* max;
+};
+
+template <class A, class T>
+LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t_, const Kept<A>& kept) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_));
+  LseScan scan;
+  for (int64_t c = first; c < last; c += kChunk) {
+    const int64_t n = std::min(kChunk, last - c);
+    scan.raise(max_of_row<A>(x + c, n), inv_t_);
+    kept.max[c / kChunk] = scan.max;
+    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
+    for (int64_t b = c; b < c + n; b += kBlock) {
+      Vec<A> sum(A(0));
+      for_lanes<A>(
+          std::min(kBlock, c + n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+            const Vec<A> e = exp_of((load_lanes<A>(x + b + i, count, -kInf<A>) - max) * inv_t);
+            sum = sum + e;
+            store_lanes<A>(kept.exps + b + i, e, count);
+          });
+      scan.sum += sum_of(sum);
+    }
+  }
+  return scan;
+}
+
+// l of some classes from their logits. Below its floor a class has no mass that the arithmetic can tell from 0: moved
+// up to it, l stays finite.
+template <class A>
+struct LogRatio {
+  Split<A> difference;
+  Vec<A> floor_p, floor_q, inv_t;
+
+  TD_INLINE LogRatio(const JsDivStat& stat, double inv_t_)
+      : difference(stat.difference().sum, stat.difference().error),
+        floor_p(static_cast<A>(stat.lse_p - kFar / inv_t_)),
+        floor_q(static_cast<A>(stat.lse_q - kFar / inv_t_)),
+        inv_t(static_cast<A>(inv_t_)) {}
+  TD_INLINE Vec<A> operator()(Vec<A> t, Vec<A> s) const {
+    return difference_minus(max_of(t, floor_p), max_of(s, floor_q), difference) * inv_t;
+  }
+
+ private:
+  static constexpr double kFar = sizeof(A) == 4 ? 160 : 1600;
+};
+
+// What is left aside for a gradient.
+enum class Aside { Nothing, PSigma, QRho };
+
+template <class A, Aside kAside, class TP, class TQ>
+Sums mixed_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t, const Mixture<A>& mixture,
+                   const JsDivStat& stat, const Kept<A>& kept_p, const Kept<A>& kept_q, A* aside) {
+  const LogRatio<A> ratio(stat, inv_t);
+  Sums sums;
+  for (int64_t c = first; c < last; c += kBlock) {
+    const int64_t chunk = c / kChunk;
+    const Vec<A> to_p(static_cast<A>(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t))),
+        to_q(static_cast<A>(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t)));
+    Vec<A> term(A(0)), p_sigma(A(0)), q_rho(A(0)), gap(A(0));
+    for_lanes<A>(
+        std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> x = load_lanes<A>(kept_p.exps + c + i, count, A(0)) * to_p,
+                       y = load_lanes<A>(kept_q.exps + c + i, count, A(0)) * to_q;
+          const auto terms =
+              mixture(ratio(load_lanes<A>(p + c + i, count, A(0)), load_lanes<A>(q + c + i, count, A(0))), x, y);
+          const Vec<A> of_p = x * terms.sigma, of_q = y * terms.rho;
+          term = term + terms.term, gap = gap + terms.gap;
+          p_sigma = p_sigma + of_p, q_rho = q_rho + of_q;
+          if constexpr (kAside == Aside::PSigma) store_lanes<A>(aside + c + i, of_p, count);
+          if constexpr (kAside == Aside::QRho) store_lanes<A>(aside + c + i, of_q, count);
+        });
+    sums.add({sum_of(term), sum_of(p_sigma), sum_of(q_rho), sum_of(gap)});
+  }
+  return sums;
+}
+
+// The statistics of one row, and with kAside what its gradient needs.
+template <class A, Aside kAside, class TP, class TQ>
+JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach columns, const Mixture<A>& mixture,
+                     const Kept<A>& kept_p, const Kept<A>& kept_q, A* aside) {
+  const double inv_t = inverse_temperature<A>(rows.temperature), t = 1 / inv_t;
+  JsDivStat stat{};
+  const auto lse = [&](const auto* x, const Kept<A>& kept, double& sum, double& error) {
+    const auto scan = merged_segments<LseScan>(
+        rows.classes, columns,
+        [&](int64_t first, int64_t last) { return scan_columns<A>(x, first, last, inv_t, kept); },
+        [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv_t); });
+    if (!(scan.sum > 0) || std::isinf(scan.max)) return false;
+    const ExactSum exact = two_sum(scan.max, t * std::log(scan.sum));
+    sum = exact.sum, error = exact.error;
+    return true;
+  };
+  if (!lse(p, kept_p, stat.lse_p, stat.lse_p_lo) || !lse(q, kept_q, stat.lse_q, stat.lse_q_lo)) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {nan, nan, nan, nan, nan, nan, nan};
+  }
+  const auto pass = [&] {
+    return merged_segments<Sums>(
+        rows.classes, columns,
+        [&](int64_t first, int64_t last) {
+          return mixed_columns<A, kAside>(p, q, first, last, inv_t, mixture, stat, kept_p, kept_q, aside);
+        },
+        [](Sums& total, const Sums& part) { total.add(part); });
+  };
+  Sums sums = pass();
+  if (sums.term < kJsNear) {
+    stat.lse_q_lo += t * std::log1p(sums.gap);
+    sums = pass();
+  }
+  sums.finish(rows, stat);
+  return stat;
+}
+
+// The class with more than half of a side's mass, and the sum of the other classes' gradients. The entries sum to 0:
+// that class's is what the others leave, where by itself it is a difference of numbers near each other.
+struct Peak {
+  int64_t at = -1;
+  double others = 0;
+
+  void merge(const Peak& other) { at = std::max(at, other.at), others += other.others; }
+};
+template <class A, class T>
+TD_INLINE void write_peak(T* grad, const Peak& peak) {
+  if (peak.at >= 0) grad[peak.at] = static_cast<T>(static_cast<A>(-peak.others));
+}
+template <class A>
+TD_INLINE Vec<A> without_peak(Vec<A> prob, Vec<A> g, int64_t i, Peak& peak) {
+  const Vec<A> top = prob > Vec<A>(A(0.5));
+  if (any(top)) peak.at = i + first_lane(top);
+  return select(top, Vec<A>(A(0)), g);
+}
+struct Peaks {
+  Peak p, q;
+};
+
+// Gradients of a part of a row from its statistics alone: P's, Q's or both.
+template <class A, bool kP, bool kQ, class TP, class TQ>
+Peaks logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first,
+                      int64_t last, const Mixture<A>& mixture, const JsDivStat& stat, double coefficient) {
+  const double inv_t = inverse_temperature<A>(rows.temperature);
+  const Weights weights(rows, coefficient * inv_t);
+  const Vec<A> c_p(static_cast<A>(weights.p)), c_q(static_cast<A>(weights.q)), mean_p(static_cast<A>(stat.mean_p)),
+      mean_q(static_cast<A>(stat.mean_q));
+  const LogRatio<A> ratio(stat, inv_t);
+  const ExpFrom<A> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
+  Peaks peaks;
+  for (int64_t b = first; b < last; b += kBlock) {
+    Vec<A> others_p(A(0)), others_q(A(0));
+    for_lanes<A>(
+        std::min(kBlock, last - b), [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const int64_t i = b + j;
+          // The padding of the tail has no mass.
+          const Vec<A> t = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
+          const Vec<A> x = prob_p(t), y = prob_q(s);
+          const auto terms = mixture(ratio(t, s), x, y);
+          const Vec<A> g_p = c_p * x * (terms.sigma - mean_p), g_q = c_q * y * (terms.rho - mean_q);
+          if constexpr (kP) {
+            others_p = others_p + without_peak(x, g_p, i, peaks.p);
+            store_lanes<A>(grad_p + i, g_p, count);
+          }
+          if constexpr (kQ) {
+            others_q = others_q + without_peak(y, g_q, i, peaks.q);
+            store_lanes<A>(grad_q + i, g_q, count);
+          }
+        });
+    peaks.p.others += sum_of(others_p), peaks.q.others += sum_of(others_q);
+  }
+  return peaks;
+}
+
+// A thread's room for one row: the exponentials of both sides, and where asked for as much as one of them again.
+template <class A>
+struct Scratch {
+  std::unique_ptr<A[]> exps;
+  std::unique_ptr<double[]> maxima;
+  int64_t classes, chunks;
+
+  Scratch(int64_t classes_, bool aside)
+      : exps(std::make_unique_for_overwrite<A[]>(static_cast<size_t>((aside ? 3 : 2) * classes_))),
+        maxima(std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * ((classes_ + kChunk - 1) / kChunk)))),
+        classes(classes_),
+        chunks((classes_ + kChunk - 1) / kChunk) {}
+  Kept<A> p() const { return {exps.get(), maxima.get()}; }
+  Kept<A> q() const { return {exps.get() + classes, maxima.get() + chunks}; }
+};
+
+template <class A, class TP, class TQ>
+void forward_logits(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const Scratch<A> scratch(k.rows.classes, false);
+  const Mixture<A> mixture(k.rows.beta);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    JsDivStat stat{};
+    if (weight != 0)
+      stat = logits_row<A, Aside::Nothing>(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), columns,
+                                           mixture, scratch.p(), scratch.q(), static_cast<A*>(nullptr));
+    stat.store(k.stat + JsDivStat::kSize * i);
+    store_loss(k, i, weight != 0 ? weight * stat.js : 0);
+  });
+}
+
+template <class A, class TP, class TQ>
+void backward_logits(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const Mixture<A> mixture(k.rows.beta);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_p, k.grad_q};
+  const auto gradient = k.grad_p.data && k.grad_q.data ? &logits_gradient<A, true, true, TP, TQ>
+                        : k.grad_p.data                ? &logits_gradient<A, true, false, TP, TQ>
+                                                       : &logits_gradient<A, false, true, TP, TQ>;
+  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* grad_p = static_cast<TP*>(y[0]);
+    auto* grad_q = static_cast<TQ*>(y[1]);
+    if (k.coefficient[i] == 0) {
+      if (grad_p) fill_zero(grad_p, k.rows.classes);
+      if (grad_q) fill_zero(grad_q, k.rows.classes);
+      return;
+    }
+    const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * i);
+    const auto peaks = merged_segments<Peaks>(
+        k.rows.classes, columns,
+        [&](int64_t first, int64_t last) {
+          return gradient(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), grad_p, grad_q, first,
+                          last, mixture, stat, k.coefficient[i]);
+        },
+        [](Peaks& total, const Peaks& part) { total.p.merge(part.p), total.q.merge(part.q); });
+    if (grad_p) write_peak<A>(grad_p, peaks.p);
+    if (grad_q) write_peak<A>(grad_q, peaks.q);
+  });
+}
+
+// kQ: the gradient of Q, else that of P; its side has type A. Until its mean is known, what the gradient needs waits in
+// `aside`: grad itself, unless that is an input's row.
+template <class A, bool kQ, class TP, class TQ>
+JsDivStat value_and_grad_row(const JsDivRows& rows, const TP* p, const TQ* q, A* grad, A* aside, double coefficient,
+                             ForEach columns, const Mixture<A>& mixture, const Kept<A>& kept_p, const Kept<A>& kept_q) {
+  const JsDivStat stat = logits_row < A,
+                  kQ ? Aside::QRho : Aside::PSigma > (rows, p, q, columns, mixture, kept_p, kept_q, aside);
+  if (std::isnan(stat.js)) {
+    std::fill_n(grad, rows.classes, std::numeric_limits<A>::quiet_NaN());
+    return stat;
+  }
+  const double inv_t = inverse_temperature<A>(rows.temperature);
+  const Weights weights(rows, coefficient * inv_t);
+  const Vec<A> c(static_cast<A>(kQ ? weights.q : weights.p)), mean(static_cast<A>(kQ ? stat.mean_q : stat.mean_p));
+  const double lse = kQ ? stat.lse_q + stat.lse_q_lo : stat.lse_p + stat.lse_p_lo;
+  const Kept<A>& kept = kQ ? kept_q : kept_p;
+  const auto peak = merged_segments<Peak>(
+      rows.classes, columns,
+      [&](int64_t first, int64_t last) {
+        Peak part;
+        for (int64_t b = first; b < last; b += kBlock) {
+          const Vec<A> factor(static_cast<A>(kept_factor(kept.max[b / kChunk], lse, inv_t)));
+          Vec<A> others(A(0));
+          for_lanes<A>(
+              std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+                const Vec<A> prob = load_lanes<A>(kept.exps + b + i, count, A(0)) * factor;
+                const Vec<A> g = c * (load_lanes<A>(aside + b + i, count, A(0)) - prob * mean);
+                others = others + without_peak(prob, g, b + i, part);
+                store_lanes<A>(grad + b + i, g, count);
+              });
+          part.others += sum_of(others);
+        }
+        return part;
+      },
+      [](Peak& total, const Peak& part) { total.merge(part); });
+  write_peak<A>(grad, peak);
+  return stat;
+}
+
+template <class A, class TP, class TQ>
+void value_and_grad_logits(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const int64_t n = k.rows.classes;
+  const bool over_input = k.grad.data == (k.wrt_q ? k.rows.q : k.rows.p).data;
+  const Scratch<A> scratch(n, over_input);
+  const Mixture<A> mixture(k.rows.beta);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* grad = static_cast<A*>(y[0]);
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    JsDivStat stat{};
+    if (coefficient == 0) {
+      fill_zero(grad, n);
+    } else {
+      A* const aside = over_input ? scratch.exps.get() + 2 * n : grad;
+      const auto* p = static_cast<const TP*>(x[0]);
+      const auto* q = static_cast<const TQ*>(x[1]);
+      if constexpr (std::is_same_v<TQ, A>)
+        if (k.wrt_q)
+          stat = value_and_grad_row<A, true>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                             scratch.q());
+      if constexpr (std::is_same_v<TP, A>)
+        if (!k.wrt_q)
+          stat = value_and_grad_row<A, false>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                              scratch.q());
+    }
+    stat.store(k.stat + JsDivStat::kSize * i);
+  });
+}
+
+// Which family serves these rows?
+TD_INLINE bool by_logits(const JsDivRows& rows) {
+  return rows.from_logits() && (rows.beta >= kLeastBeta || rows.p.dtype == DType::Double);
+}
+
 // -- Any space, in double -------------------------------------------------------------------------------------------
 
 JsDivStat any_row(const JsDivRows& rows, const void* p, const void* q, ForEach columns) {
@@ -155,13 +478,6 @@ TD_INLINE D any_entry(const Side& side, D prob, D ratio, double mean) {
                                         : prob * (ratio - D(mean)) * side.inv_t;
   return select(prob == zero, zero, g);
 }
-
-// What the gradient of the scaled divergence is multiplied by.
-struct Weights {
-  double p, q;
-  Weights(const JsDivRows& rows, double coefficient)
-      : p(coefficient * (rows.unit() / (1 - rows.beta))), q(coefficient * (rows.unit() / rows.beta)) {}
-};
 
 void any_gradient(const JsDivRows& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p,
                   const RowsOut& out_q, void* grad_q, const JsDivStat& stat, double coefficient, ForEach columns) {
@@ -323,15 +639,19 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
 }  // namespace
 
 void js_div_forward(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
-  forward_any(k, begin, end, columns);
+  if (!by_logits(k.rows)) return forward_any(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { forward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_backward(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  backward_any(k, begin, end, columns);
+  if (!by_logits(k.rows)) return backward_any(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { backward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_value_and_grad(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  value_and_grad_any(k, begin, end, columns);
+  if (!by_logits(k.rows)) return value_and_grad_any(k, begin, end, columns);
+  dispatch_types(k.rows,
+                 [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_double_backward(const JsDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {

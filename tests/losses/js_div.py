@@ -72,9 +72,7 @@ def _js_exact(
     unit = 1 / (b * (1 - b)) if scaled else np.longdouble(1)
     to_log = {"logits": lambda x: log_softmax(x / scale), "log_probs": lambda x: x, "probs": np.log}
     log_q, log_p = (to_log[s](x) for x, s in zip(tensors, spaces, strict=True))
-    q, p = (
-        x if s == "probs" else np.exp(log) for x, s, log in zip(tensors, spaces, (log_q, log_p), strict=True)
-    )
+    q, p = (x if s == "probs" else np.exp(log) for x, s, log in zip(tensors, spaces, (log_q, log_p), strict=True))
     nothing = (p == 0) & (q == 0)
     ratio = np.where(nothing, 0, log_p - log_q)
     if spaces == ("probs", "probs"):

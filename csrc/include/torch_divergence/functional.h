@@ -7,6 +7,7 @@
 
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
+#include <torch_divergence/functional/js_div.h>
 #include <torch_divergence/functional/kl_div.h>
 
 #include <string>
