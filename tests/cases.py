@@ -24,6 +24,7 @@ from loss import (
     to_space,
 )
 from losses.cross_entropy import CROSS_ENTROPY
+from losses.js_div import JS_DIV
 from losses.kl_div import KL_DIV
 from torch import Tensor
 
@@ -46,7 +47,7 @@ __all__ = [
     "to_space",
 ]
 
-LOSSES = (KL_DIV, CROSS_ENTROPY)
+LOSSES = (KL_DIV, JS_DIV, CROSS_ENTROPY)
 
 ALL_OPTIONS = [Case(loss, options) for loss in LOSSES for options in loss.spaces()]
 TRANSFORMS = [Case(loss, options) for loss in LOSSES for options in loss.transforms]

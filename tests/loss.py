@@ -85,6 +85,7 @@ class Loss:
     value_and_grad: bool = True
     inplace_grad: bool = True
     divergence: bool = True  # 0 where both sides are equal, with their Fisher matrix as Hessian
+    curvature: float = 1.0  # of the Hessian at P = Q, in units of the Fisher matrix
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
         return getattr(td, self.name)(*tensors, **options)

@@ -122,14 +122,15 @@ def test_double_backward_against_the_composite(case, dtype):
 
 @losses
 def test_hessian_of_close_rows(loss):
-    """At P = Q the student's block is the Fisher matrix: positive semidefinite, F v = q (v - <q, v>)."""
+    """At P = Q the student's block is a multiple of the Fisher matrix: positive semidefinite, F v = q (v - <q, v>)."""
     x = loss.draw((1, 6), torch.float64)[0]
     v = torch.randn(1, 6, dtype=torch.float64)
     q = x.clone().requires_grad_()
     g = torch.autograd.grad(loss(q, x, reduction="sum"), q, create_graph=True)[0]
     product = torch.autograd.grad((g * v).sum(), q)[0]
     p = x.softmax(-1)
-    torch.testing.assert_close(product, p * (v - (p * v).sum(-1, keepdim=True)), rtol=1e-12, atol=1e-14)
+    fisher = p * (v - (p * v).sum(-1, keepdim=True))
+    torch.testing.assert_close(product, loss.curvature * fisher, rtol=1e-12, atol=1e-14)
 
 
 @losses

@@ -13,6 +13,7 @@
 #include <torch_divergence/functional/gan.h>
 #include <torch_divergence/functional/gaussian_kl.h>
 #include <torch_divergence/functional/gaussian_wasserstein.h>
+#include <torch_divergence/functional/js_div.h>
 #include <torch_divergence/functional/kl_div.h>
 #include <torch_divergence/functional/kl_div_topk.h>
 #include <torch_divergence/functional/kl_estimate.h>

@@ -5,6 +5,7 @@
 #include <torch_divergence/modules/entropy.h>
 #include <torch_divergence/modules/gan.h>
 #include <torch_divergence/modules/gaussian_kl.h>
+#include <torch_divergence/modules/js_div.h>
 #include <torch_divergence/modules/kl_div.h>
 #include <torch_divergence/modules/kl_div_topk.h>
 #include <torch_divergence/modules/kl_estimate.h>

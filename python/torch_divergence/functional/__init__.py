@@ -7,6 +7,7 @@ from torch_divergence.functional._fisher_vector_product import fisher_vector_pro
 from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss, gan_generator_loss, gan_js_estimate
 from torch_divergence.functional._gaussian_kl import gaussian_kl, gaussian_kl_full
 from torch_divergence.functional._gaussian_wasserstein import gaussian_wasserstein
+from torch_divergence.functional._js_div import js_div
 from torch_divergence.functional._kl_div import kl_div
 from torch_divergence.functional._kl_div_topk import Tail, kl_div_topk
 from torch_divergence.functional._kl_estimate import KLEstimateGradient, KLEstimator, kl_estimate
@@ -51,6 +52,7 @@ __all__ = [
     "gaussian_kl_full",
     "gaussian_wasserstein",
     "gradient_penalty",
+    "js_div",
     "kl_div",
     "kl_div_topk",
     "kl_estimate",

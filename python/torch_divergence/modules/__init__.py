@@ -4,6 +4,7 @@ from torch_divergence.modules._cross_entropy import CrossEntropyLoss
 from torch_divergence.modules._entropy import EntropyLoss
 from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._gaussian_kl import GaussianKLFullLoss, GaussianKLLoss
+from torch_divergence.modules._js_div import JSDivLoss
 from torch_divergence.modules._kl_div import KLDivLoss
 from torch_divergence.modules._kl_div_topk import KLDivTopKLoss
 from torch_divergence.modules._kl_estimate import KLEstimateLoss
@@ -20,6 +21,7 @@ __all__ = [
     "GANLoss",
     "GaussianKLFullLoss",
     "GaussianKLLoss",
+    "JSDivLoss",
     "KLDivLoss",
     "KLDivTopKLoss",
     "KLEstimateLoss",
