@@ -8,6 +8,7 @@
 #include <torch_divergence/export.h>
 #include <torch_divergence/functional/common.h>
 #include <torch_divergence/functional/cross_entropy.h>
+#include <torch_divergence/functional/distillation.h>
 #include <torch_divergence/functional/entropy.h>
 #include <torch_divergence/functional/fisher_vector_product.h>
 #include <torch_divergence/functional/gan.h>

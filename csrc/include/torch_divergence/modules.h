@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch_divergence/modules/cross_entropy.h>
+#include <torch_divergence/modules/distillation.h>
 #include <torch_divergence/modules/entropy.h>
 #include <torch_divergence/modules/gan.h>
 #include <torch_divergence/modules/gaussian_kl.h>

@@ -2,6 +2,7 @@
 
 from torch_divergence.functional._common import Direction, Reduction, Space
 from torch_divergence.functional._cross_entropy import cross_entropy
+from torch_divergence.functional._distillation import Divergence, distillation_loss
 from torch_divergence.functional._entropy import entropy
 from torch_divergence.functional._fisher_vector_product import fisher_vector_product
 from torch_divergence.functional._gan import GANLossKind, gan_discriminator_loss, gan_generator_loss, gan_js_estimate
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptiveKLController",
     "Cost",
     "Direction",
+    "Divergence",
     "GANLossKind",
     "KLEstimateGradient",
     "KLEstimator",
@@ -43,6 +45,7 @@ __all__ = [
     "Tail",
     "TrustRegionResult",
     "cross_entropy",
+    "distillation_loss",
     "entropy",
     "fisher_vector_product",
     "gan_discriminator_loss",

@@ -1,6 +1,7 @@
 """The losses as modules: what does not change between batches is set once, at construction."""
 
 from torch_divergence.modules._cross_entropy import CrossEntropyLoss
+from torch_divergence.modules._distillation import DistillationLoss
 from torch_divergence.modules._entropy import EntropyLoss
 from torch_divergence.modules._gan import GANLoss
 from torch_divergence.modules._gaussian_kl import GaussianKLFullLoss, GaussianKLLoss
@@ -17,6 +18,7 @@ from torch_divergence.modules._wgan import WassersteinGANLoss
 
 __all__ = [
     "CrossEntropyLoss",
+    "DistillationLoss",
     "EntropyLoss",
     "GANLoss",
     "GaussianKLFullLoss",
