@@ -39,9 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     for family in families:
         print(comparison.format_family(family), end="\n\n\n")
     rows = comparison.checks(*families)
-    header = ("", "KL", "JS", "Wasserstein", "computed")
-    lines_ = [(c.property, c.kl, c.js, c.wasserstein, "holds" if c.holds else "FAILS") for c in rows]
-    print(comparison.format_table(header, lines_), end="\n\n")
+    table = [(c.property, c.kl, c.js, c.wasserstein, "holds" if c.holds else "FAILS") for c in rows]
+    print(comparison.format_table(("", "KL", "JS", "Wasserstein", "computed"), table), end="\n\n")
     for check in rows:
         print(f"{check.property}: {check.evidence}")
     if options.picture is not None:

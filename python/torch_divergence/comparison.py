@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +182,7 @@ def checks(discrete: Family, gaussian: Family) -> list[Check]:
 
     p, q = _random_distributions(200).chunk(2)
     position = torch.arange(6, dtype=torch.float64).expand(100, 6)
-    pairs = {
+    pairs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "kl": lambda a, b: td.kl_div(b, a, space="probs", reduction="none"),
         "js": lambda a, b: td.js_div(b, a, space="probs", reduction="none"),
         "w": lambda a, b: td.wasserstein_1d(position, position, a, b, p=1),
@@ -234,7 +234,8 @@ def checks(discrete: Family, gaussian: Family) -> list[Check]:
             all(abs(row.d_js) < 1e-12 and abs(row.d_wasserstein - 1) < 1e-9 for row in far)
             and gaussian.rows[-1].d_kl > 10,
             f"JS' {max(abs(row.d_js) for row in far):.0e}, "
-            f"W' {far[0].d_wasserstein:.6f} and {far[1].d_wasserstein:.6f}, KL' of the Gaussians {gaussian.rows[-1].d_kl:g}",
+            f"W' {far[0].d_wasserstein:.6f} and {far[1].d_wasserstein:.6f}, "
+            f"KL' of the Gaussians {gaussian.rows[-1].d_kl:g}",
         )
     )
 
@@ -260,7 +261,7 @@ def _number(x: float) -> str:
     return f"{x:.6g}" if math.isfinite(x) else str(x)
 
 
-def format_table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+def format_table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     """Columns of text, the first aligned to the left."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
