@@ -35,6 +35,9 @@ demo: build
 	python examples/python/distillation.py --picture build/distillation.png
 	$(call say,distillation in C++)
 	build/examples/distillation
+	$(call say,KL$(,) JS and Wasserstein compared)
+	python -m torch_divergence --picture build/comparison.png
+	@echo; echo "more: examples/python/policy_optimization.py (TRPO and PPO)"
 
 test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test
 	$(call say,all tests passed)
