@@ -28,8 +28,9 @@ def draw(rows: int, classes: int, k: int, dtype=torch.float64, space: str = "log
     return to_space(student, space).to(dtype), indices, (log_probs - shift).to(dtype)
 
 
-def reference(x, indices, log_probs, *, tail="bucket", tail_log_prob=None, direction="forward", space="logits",
-              temperature=1.0):
+def reference(
+    x, indices, log_probs, *, tail="bucket", tail_log_prob=None, direction="forward", space="logits", temperature=1.0
+):
     """The rows by the definition, in differentiable ATen operators; no padding."""
     log_q = {"logits": lambda: (x / temperature).log_softmax(-1), "log_probs": lambda: x, "probs": x.log}[space]()
     outside = torch.ones_like(log_q, dtype=torch.bool).scatter(-1, indices, False)
@@ -51,8 +52,11 @@ def mp_row(x, indices, log_probs, tail, direction, space, temperature=1.0, tail_
     with mpmath.workdps(50):
         x = [mpmath.mpf(v) for v in x]
         scale = mpmath.mpf(temperature)
-        q = {"logits": lambda: [mpmath.exp(v / scale) for v in x], "log_probs": lambda: [mpmath.exp(v) for v in x],
-             "probs": lambda: x}[space]()
+        q = {
+            "logits": lambda: [mpmath.exp(v / scale) for v in x],
+            "log_probs": lambda: [mpmath.exp(v) for v in x],
+            "probs": lambda: x,
+        }[space]()
         total = mpmath.fsum(q) if space == "logits" else mpmath.mpf(1)
         q = [v / total for v in q]
         pairs = [(i, mpmath.exp(mpmath.mpf(v))) for i, v in zip(indices, log_probs, strict=True) if v != -INF]
@@ -120,8 +124,9 @@ def test_gradients_by_definition(tail: str, direction: str, space: str, dtype: t
     given = [x.requires_grad_(), log_probs.requires_grad_()]
     wide = [t.detach().double().requires_grad_() for t in given]
     weight = torch.rand(4, dtype=torch.float64)
-    got = torch.autograd.grad(td.kl_div_topk(x, indices, log_probs, reduction="none", **options),
-                              given, weight.to(dtype))
+    got = torch.autograd.grad(
+        td.kl_div_topk(x, indices, log_probs, reduction="none", **options), given, weight.to(dtype)
+    )
     expected = torch.autograd.grad(reference(wide[0], indices, wide[1], **options), wide, weight)
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == dtype
@@ -153,8 +158,17 @@ def test_gradcheck(tail: str, direction: str, space: str) -> None:
     temperature = 1.7 if space == "logits" else 1.0
 
     def f(*tensors: Tensor) -> Tensor:
-        return td.kl_div_topk(tensors[0], indices, tensors[1], tail_log_prob=tensors[2] if tensors[2:] else None,
-                              tail=tail, direction=direction, space=space, temperature=temperature, reduction="none")
+        return td.kl_div_topk(
+            tensors[0],
+            indices,
+            tensors[1],
+            tail_log_prob=tensors[2] if tensors[2:] else None,
+            tail=tail,
+            direction=direction,
+            space=space,
+            temperature=temperature,
+            reduction="none",
+        )
 
     for tensors in ((x, log_probs), (x, log_probs, given_tail))[: 2 if tail == "bucket" else 1]:
         leaves = tuple(t.clone().requires_grad_() for t in tensors)
@@ -262,8 +276,13 @@ def test_weight_zero_rows_hold_anything(tail: str) -> None:
     second = torch.autograd.grad(sum((g * g).sum() for g in first), [x, log_probs])
     for g in (*first, *second):
         assert g.isfinite().all() and not g[~keep].any()
-    nan = td.kl_div_topk(x.detach().index_fill(1, indices[1], float("nan")), indices.clamp(max=7),
-                         log_probs.detach().clamp(max=-3), tail=tail, row_weight=keep)
+    nan = td.kl_div_topk(
+        x.detach().index_fill(1, indices[1], float("nan")),
+        indices.clamp(max=7),
+        log_probs.detach().clamp(max=-3),
+        tail=tail,
+        row_weight=keep,
+    )
     assert nan.isnan()
 
 
@@ -403,8 +422,9 @@ def test_module() -> None:
         "KLDivTopKLoss(tail='zero', direction='reverse', space='logits', temperature=2.0, dim=-1, reduction='none')"
     )
     x, indices, log_probs = draw(3, 6, 2)
-    expected = td.kl_div_topk(x, indices, log_probs, tail="zero", direction="reverse", temperature=2.0,
-                              reduction="none")
+    expected = td.kl_div_topk(
+        x, indices, log_probs, tail="zero", direction="reverse", temperature=2.0, reduction="none"
+    )
     assert torch.equal(pickle.loads(pickle.dumps(module))(x, indices, log_probs), expected)
     assert not module.state_dict()
     weight, left = torch.tensor([1.0, 0.0, 2.0]), torch.full((3,), -1.0, dtype=torch.float64)
@@ -414,15 +434,15 @@ def test_module() -> None:
     )
 
 
-X, I, P = draw(3, 6, 2)
+X, INDICES, P = draw(3, 6, 2)
 BAD = {
-    "indices-dtype": ({"indices": I.int()}, "indices has dtype"),
-    "indices-shape": ({"indices": I[:, :1]}, "indices has shape"),
+    "indices-dtype": ({"indices": INDICES.int()}, "indices has dtype"),
+    "indices-shape": ({"indices": INDICES[:, :1]}, "indices has shape"),
     "log_probs-shape": ({"log_probs": P[:2]}, "log_probs has shape"),
-    "log_probs-empty": ({"log_probs": P[:, :0], "indices": I[:, :0]}, "log_probs has shape"),
+    "log_probs-empty": ({"log_probs": P[:, :0], "indices": INDICES[:, :0]}, "log_probs has shape"),
     "log_probs-dims": ({"log_probs": P[0]}, "log_probs has shape"),
     "log_probs-dtype": ({"log_probs": P.float()}, "input has dtype"),
-    "log_probs-int": ({"log_probs": I}, "log_probs has dtype"),
+    "log_probs-int": ({"log_probs": INDICES}, "log_probs has dtype"),
     "input-dtype": ({"input": X.long()}, "input has dtype"),
     "input-classes": ({"input": X[:, :0]}, "no classes"),
     "tail": ({"tail": "drop"}, 'tail is "drop"'),
@@ -439,9 +459,9 @@ BAD = {
     "normalizer": ({"normalizer": -1.0}, "normalizer is"),
 }
 BAD_VALUES = {
-    "indices-range": ({"indices": I + 6}, "indices holds"),
-    "indices-negative": ({"indices": I - 6}, "indices holds"),
-    "indices-twice": ({"indices": I[:, :1].expand(-1, 2)}, "twice in row 0"),
+    "indices-range": ({"indices": INDICES + 6}, "indices holds"),
+    "indices-negative": ({"indices": INDICES - 6}, "indices holds"),
+    "indices-twice": ({"indices": INDICES[:, :1].expand(-1, 2)}, "twice in row 0"),
     "log_probs-mass": ({"log_probs": P + 3}, "log_probs of row 0 have the mass"),
     "row_weight-negative": ({"row_weight": torch.tensor([1.0, -1.0, 1.0])}, "row_weight holds"),
 }
@@ -450,7 +470,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("case", [*BAD, *BAD_VALUES])
 def test_errors(case: str) -> None:
     change, words = (BAD | BAD_VALUES)[case]
-    arguments = {"input": X, "indices": I, "log_probs": P, **change}
+    arguments = {"input": X, "indices": INDICES, "log_probs": P, **change}
     with pytest.raises(ValueError, match="kl_div_topk: ") as error:
         td.kl_div_topk(**arguments)
     assert words in str(error.value)

@@ -442,7 +442,8 @@ double mean_outside(const TopkRows& rows, const Row& row, const T* x, const T* v
               D sums(0.0);
               for_lanes<double>(
                   n, [&](int64_t j, auto count) __attribute__((always_inline)) {
-                    const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
+                    const D m = probs ? load_lanes<double>(chunk + j, count, 0.0)
+                                      : load_lanes<double>(chunk + j, count, -kInf<double>);
                     if (probs) {
                       sums = sums + m;
                     } else {
