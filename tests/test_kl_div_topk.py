@@ -434,15 +434,15 @@ def test_module() -> None:
     )
 
 
-X, I, P = draw(3, 6, 2)
+X, INDICES, P = draw(3, 6, 2)
 BAD = {
-    "indices-dtype": ({"indices": I.int()}, "indices has dtype"),
-    "indices-shape": ({"indices": I[:, :1]}, "indices has shape"),
+    "indices-dtype": ({"indices": INDICES.int()}, "indices has dtype"),
+    "indices-shape": ({"indices": INDICES[:, :1]}, "indices has shape"),
     "log_probs-shape": ({"log_probs": P[:2]}, "log_probs has shape"),
-    "log_probs-empty": ({"log_probs": P[:, :0], "indices": I[:, :0]}, "log_probs has shape"),
+    "log_probs-empty": ({"log_probs": P[:, :0], "indices": INDICES[:, :0]}, "log_probs has shape"),
     "log_probs-dims": ({"log_probs": P[0]}, "log_probs has shape"),
     "log_probs-dtype": ({"log_probs": P.float()}, "input has dtype"),
-    "log_probs-int": ({"log_probs": I}, "log_probs has dtype"),
+    "log_probs-int": ({"log_probs": INDICES}, "log_probs has dtype"),
     "input-dtype": ({"input": X.long()}, "input has dtype"),
     "input-classes": ({"input": X[:, :0]}, "no classes"),
     "tail": ({"tail": "drop"}, 'tail is "drop"'),
@@ -459,9 +459,9 @@ BAD = {
     "normalizer": ({"normalizer": -1.0}, "normalizer is"),
 }
 BAD_VALUES = {
-    "indices-range": ({"indices": I + 6}, "indices holds"),
-    "indices-negative": ({"indices": I - 6}, "indices holds"),
-    "indices-twice": ({"indices": I[:, :1].expand(-1, 2)}, "twice in row 0"),
+    "indices-range": ({"indices": INDICES + 6}, "indices holds"),
+    "indices-negative": ({"indices": INDICES - 6}, "indices holds"),
+    "indices-twice": ({"indices": INDICES[:, :1].expand(-1, 2)}, "twice in row 0"),
     "log_probs-mass": ({"log_probs": P + 3}, "log_probs of row 0 have the mass"),
     "row_weight-negative": ({"row_weight": torch.tensor([1.0, -1.0, 1.0])}, "row_weight holds"),
 }
@@ -470,7 +470,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("case", [*BAD, *BAD_VALUES])
 def test_errors(case: str) -> None:
     change, words = (BAD | BAD_VALUES)[case]
-    arguments = {"input": X, "indices": I, "log_probs": P, **change}
+    arguments = {"input": X, "indices": INDICES, "log_probs": P, **change}
     with pytest.raises(ValueError, match="kl_div_topk: ") as error:
         td.kl_div_topk(**arguments)
     assert words in str(error.value)

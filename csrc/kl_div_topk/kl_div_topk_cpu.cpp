@@ -442,7 +442,8 @@ double mean_outside(const TopkRows& rows, const Row& row, const T* x, const T* v
               D sums(0.0);
               for_lanes<double>(
                   n, [&](int64_t j, auto count) __attribute__((always_inline)) {
-                    const D m = load_lanes<double>(chunk + j, count, probs ? 0.0 : -kInf<double>);
+                    const D m = probs ? load_lanes<double>(chunk + j, count, 0.0)
+                                      : load_lanes<double>(chunk + j, count, -kInf<double>);
                     if (probs) {
                       sums = sums + m;
                     } else {
@@ -534,7 +535,7 @@ void double_backward_row(const TopkDoubleBackward& k, Row& row, const T* x, cons
           last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
             const D w = ((load_lanes<double>(x + first + j, count, -kInf<double>) - top) * inv_t - log_sum).exp();
             const D d = v != nullptr ? load_lanes<double>(v + first + j, count, 0.0) * inv_t : zero;
-            store_lanes<double>(out + first + j, select(w == zero, zero, w * ((d - centre) * a + b)), count);
+            store_any(out, k.d_input.dtype, first + j, select(w == zero, zero, w * ((d - centre) * a + b)), count);
           });
     });
   }
