@@ -35,7 +35,7 @@ function(td_add_cpu_kernels library)
     target_compile_options(${objects} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-lto -fopenmp -fno-math-errno
                                               -fno-trapping-math -Wno-psabi ${TD_FLAGS_${capability}}
                            # GCC takes the undefined lanes of its own AVX-512 intrinsics for uninitialised ones.
-                           $<$<AND:$<CXX_COMPILER_ID:GNU>,$<STREQUAL:${capability},AVX512>>:-Wno-maybe-uninitialized>)
+                           $<$<AND:$<CXX_COMPILER_ID:GNU>,$<STREQUAL:${capability},AVX512>>:-Wno-maybe-uninitialized -Wno-uninitialized>)
     target_link_libraries(${objects} PRIVATE LibTorch::cpu td_options)
     target_sources(${library} PRIVATE $<TARGET_OBJECTS:${objects}>)
     target_sources(${library}_cpu_kernels INTERFACE $<TARGET_OBJECTS:${objects}>)

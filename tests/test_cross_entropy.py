@@ -153,7 +153,7 @@ def test_ignored_rows_may_hold_anything(case, reduction, dtype):
             value, gradient = _with_gradient(dirty, labels, row_weight=weight, **options)
             labels[1] = 0
             combined = keep.float() if weight is None else weight * keep
-            want, (expected,) = check(LABELS, clean, labels, row_weight=combined, reduction=reduction, **case.options)
+            want, (expected, _) = check(LABELS, clean, labels, row_weight=combined, reduction=reduction, **case.options)
             assert torch.equal(value, want) and torch.equal(gradient, expected)
             assert (gradient[1] == 0).all()
 
@@ -199,12 +199,12 @@ def test_masked_classes(dtype):
     labels = torch.tensor([3, 20, 38])
     full = torch.where(keep, x, -INF).requires_grad_()
     short = x[:, keep].requires_grad_()
-    value, (g,) = check(LABELS, full, labels, reduction="none")
-    want, (e,) = check(LABELS, short, labels - 1 - (labels > 7).long(), reduction="none")
+    value, (g, _) = check(LABELS, full, labels, reduction="none")
+    want, (e, _) = check(LABELS, short, labels - 1 - (labels > 7).long(), reduction="none")
     torch.testing.assert_close(value, want, rtol=2 * ROW_ACCURACY[dtype], atol=0)
     torch.testing.assert_close(g[:, keep], e)
     assert (g[:, ~keep] == 0).all()
-    value, (g,) = check(LABELS, full, torch.tensor([0, 7, 39]), reduction="none")
+    value, (g, _) = check(LABELS, full, torch.tensor([0, 7, 39]), reduction="none")
     assert (value == INF).all() and (g[torch.arange(3), [0, 7, 39]] == -1).all()
     assert td.cross_entropy(full, labels, label_smoothing=0.1) == INF
 

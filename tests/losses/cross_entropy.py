@@ -127,7 +127,8 @@ def label_exact(
     label_smoothing: float = 0.0,
     **_: Any,
 ) -> Exact:
-    labels = np.where((labels < 0) | (labels >= x.shape[-1]), 0, labels)[..., None]
+    labels = labels.reshape(*x.shape[:-1], 1)
+    labels = np.where((labels < 0) | (labels >= x.shape[-1]), 0, labels)
     onehot = np.zeros_like(x)
     np.put_along_axis(onehot, labels, 1, -1)
     t, s = np.longdouble(temperature), np.longdouble(label_smoothing)
