@@ -20,8 +20,9 @@ from loss import (
     log_softmax,
     times,
 )
-from losses.kl_div import kl_draw, kl_json_case
 from torch import Tensor
+
+from losses.kl_div import kl_draw, kl_json_case
 
 # JS_b(P, Q) = b KL(P || M) + (1 - b) KL(Q || M), M = b P + (1 - b) Q, with P the target and Q the input. With sigma =
 # log(p/m) and rho = log(q/m) the derivatives by p and q are b sigma and (1 - b) rho. A class where a side has no
