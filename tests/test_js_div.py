@@ -151,7 +151,7 @@ def test_beta_outside_its_range(device):
             with pytest.raises(ValueError, match=r"js_div: beta is .*\[0, 1\]"):
                 td.js_div(x, x, beta=beta, scaled=scaled)
     for beta in (0.0, 1.0):
-        with pytest.raises(ValueError, match="js_div: beta is .*scaled=True"):
+        with pytest.raises(ValueError, match=r"js_div: beta is .*scaled=True"):
             td.js_div(x, x, beta=beta)
 
 
