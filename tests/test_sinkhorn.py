@@ -103,9 +103,12 @@ def test_reference_cases(case):
 def dense_solution(C, a, b, eps, ra, rb):
     """Plain alternating updates by logsumexp, from 0, without anything clever."""
     f, g = torch.zeros_like(a), torch.zeros_like(b)
-    for _ in range(5000):
+    moved = math.inf
+    while not moved < 1e-14:
+        before = g
         f = -eps * torch.logsumexp(b.log() + (g - C) / eps, -1) / (1 + eps / ra)
         g = -eps * torch.logsumexp(a.log()[:, None] + (f[:, None] - C) / eps, 0) / (1 + eps / rb)
+        moved = (g - before).abs().max()
     plan = a[:, None] * b * ((f[:, None] + g - C) / eps).exp()
 
     def kl(p, q):
@@ -118,9 +121,12 @@ def dense_solution(C, a, b, eps, ra, rb):
     return primal, plan
 
 
-@pytest.mark.parametrize("rho", (None, 0.7, (0.7, 2.0), (None, 0.5), (0.5, None)), ids=str)
-@pytest.mark.parametrize("d", (1, 2, 3, 4, 5, 9, 33))
-def test_against_plain_iterations(rho, d):
+@pytest.mark.parametrize(
+    "d, rho",
+    ((1, None), (2, 0.7), (3, (0.7, 2.0)), (3, None), (4, (None, 0.5)), (5, (0.5, None)), (9, 0.7), (33, None)),
+    ids=str,
+)
+def test_against_plain_iterations(d, rho):
     """Every width that the kernels treat apart, and more columns than a tile of theirs."""
     x, y = clouds(7, 300 if d == 3 else 19, d, seed=d)
     a, b = weights(7), weights(y.shape[0], seed=1)

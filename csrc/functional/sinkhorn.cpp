@@ -3,6 +3,7 @@
 #include "core/op.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
@@ -81,7 +82,7 @@ Tensor SinkhornResult::barycentric_projection() const {
   sizes.push_back(y.sym_size(-1));
   const auto points = y.to(g.scalar_type()).expand_symint(sizes);
   const auto image = apply(at::cat({points, at::ones_like(points.narrow(-1, 0, 1))}, -1));
-  return image.slice(-1, 0, -1) / image.slice(-1, -1);
+  return at::div(image.slice(-1, 0, -1), image.slice(-1, -1));
 }
 
 Tensor SinkhornResult::transport_cost() const {
