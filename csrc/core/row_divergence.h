@@ -130,7 +130,7 @@ class RowDivergence {
   }
 
   static Tensors2 backward_dense(const Tensor& grad, const Tensor& p, const Tensor& q, const Tensor& stat, O... options,
-                               Mask2 mask) {
+                                 Mask2 mask) {
     const auto statistics = stat.contiguous();
     auto grad_p = mask[0] ? empty_like_large(p) : nothing_like(p);
     auto grad_q = mask[1] ? empty_like_large(q) : nothing_like(q);
@@ -141,7 +141,8 @@ class RowDivergence {
   }
 
   static Tensors3 double_backward_dense(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
-                                      const Tensor& p, const Tensor& q, const Tensor& stat, O... options, Mask3 mask) {
+                                        const Tensor& p, const Tensor& q, const Tensor& stat, O... options,
+                                        Mask3 mask) {
     const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
     auto d_coefficient = at::empty(mask[0] ? grad.sizes() : at::IntArrayRef{0}, grad.options().dtype(at::kDouble));
     auto d_p = mask[1] ? empty_like_large(p) : nothing_like(p);
@@ -159,7 +160,7 @@ class RowDivergence {
   }
 
   static Tensors3 value_and_grad_dense(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
-                                     double scale, bool wrt_q) {
+                                       double scale, bool wrt_q) {
     auto gradient = empty_like_large(wrt_q ? q : p);
     auto [loss, stat] = value_and_grad_into(gradient, p, q, row_weight, options..., scale, wrt_q);
     return {std::move(loss), std::move(stat), std::move(gradient)};
@@ -362,7 +363,8 @@ class RowDivergence {
     // Training at memory speed. Half types take the plain pair: a gradient/n stored in half loses what GradScaler
     // keeps.
     if (reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && !is_half(wrt_q ? q : p) &&
-        is_plain_eager(p) && is_plain_eager(q) && !is_for_cuda(p) && plain(reduction.weight()) && plain(reduction.normalizer()))
+        is_plain_eager(p) && is_plain_eager(q) && !is_for_cuda(p) && plain(reduction.weight()) &&
+        plain(reduction.normalizer()))
       return std::get<0>(value_and_grad(p, q, reduction.weight(), options..., reduction.scale(), wrt_q));
     return reduction(std::get<0>(rows(p, q, reduction.weight(), options...)));
   }
