@@ -5,9 +5,9 @@
 #include <cuda_runtime.h>
 
 #ifndef TD_LAUNCH
-#define TD_LAUNCH(kernel, grid, block, stream, ...)   \
-  do {                                                \
-    kernel<<<grid, block, 0, stream>>>(__VA_ARGS__);  \
-    C10_CUDA_KERNEL_LAUNCH_CHECK();                   \
+#define TD_LAUNCH(kernel, grid, block, stream, ...)  \
+  do {                                               \
+    kernel<<<grid, block, 0, stream>>>(__VA_ARGS__); \
+    C10_CUDA_KERNEL_LAUNCH_CHECK();                  \
   } while (false)
 #endif

@@ -118,9 +118,7 @@ struct Pack<double> {
   }
 };
 
-__device__ __forceinline__ int bytes_of(DType type) {
-  return type == DType::Double ? 8 : type == DType::Float ? 4 : 2;
-}
+__device__ __forceinline__ int bytes_of(DType type) { return type == DType::Double ? 8 : type == DType::Float ? 4 : 2; }
 
 // f(T()) for the type T that `type` names.
 template <class T, class F>
@@ -153,7 +151,8 @@ struct RowPointer {
   // Entries between the last multiple of 16 bytes and the row's first one.
   __device__ int lead() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16) / bytes_of(type); }
   __device__ void align(int lead) {
-    packed = stride == 1 && (reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(lead * bytes_of(type))) % 16 == 0;
+    packed =
+        stride == 1 && (reinterpret_cast<uintptr_t>(data) - static_cast<uintptr_t>(lead * bytes_of(type))) % 16 == 0;
   }
 };
 
@@ -226,10 +225,10 @@ __device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t
 
 // How the rows of a call are spread.
 struct RowGrid {
-  static constexpr int64_t kShort = 1024;     // classes up to which a warp takes a row
-  static constexpr int64_t kManyRows = 256;   // this many blocks keep a GPU busy
-  static constexpr int64_t kSegment = 8192;   // classes that are worth a block
-  static constexpr int kSlot = 8;             // doubles that a segment leaves for a reduction
+  static constexpr int64_t kShort = 1024;    // classes up to which a warp takes a row
+  static constexpr int64_t kManyRows = 256;  // this many blocks keep a GPU busy
+  static constexpr int64_t kSegment = 8192;  // classes that are worth a block
+  static constexpr int kSlot = 8;            // doubles that a segment leaves for a reduction
 
   int64_t rows, classes;
   int64_t segment = 0;  // classes of one; 0: rows are not split

@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < K; ++i) {
           const A v = u[i] + kl;
-          g[i] = c * (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v)
-                                                    : exp(s[i] - lse_q.hi) * factor_q - x[i]);
+          g[i] =
+              c * (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v) : exp(s[i] - lse_q.hi) * factor_q - x[i]);
           others += x[i] > A(0.5) ? 0 : g[i];
         }
         others_q.add(others);
@@ -680,7 +680,8 @@ void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, 
     TD_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, call, grid, workspace, launch);
 }
 
-// f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it runs.
+// f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it
+// runs.
 template <class F>
 void dispatch_types(const RowPair& rows, const F& f) {
   const DType type = rows.p.dtype;

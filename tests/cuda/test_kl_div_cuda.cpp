@@ -44,7 +44,8 @@ class Memory {
     mprotect(base_, kPage, PROT_NONE);
     mprotect(base_ + size_ - kPage, kPage, PROT_NONE);
     std::memset(base_ + kPage, 0xff, size_ - 2 * kPage);
-    data_ = offset == kAtEnd ? base_ + size_ - kPage - bytes : base_ + kPage + static_cast<size_t>(offset) * bytes_of(type);
+    data_ =
+        offset == kAtEnd ? base_ + size_ - kPage - bytes : base_ + kPage + static_cast<size_t>(offset) * bytes_of(type);
     buffer_ = std::make_unique<simt::Buffer>(data_, bytes, name, initialised);
   }
   ~Memory() { munmap(base_, size_); }
@@ -203,9 +204,8 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
   Real others = 0;
   for (size_t j = 0; j < n; ++j) {
     gap[j] = logits && std::fabs(l[j]) < 1 && p[j] > 0 ? p[j] * std::expm1(-l[j]) : q[j] * mass - p[j];
-    const Real g = p_space == td::kLogits
-                       ? zero_or(infinite, p[j] * (l[j] - (logits ? centre : e.kl)) / temperature)
-                       : (p_space == td::kProbs ? 1 : p[j]) * (l[j] + 1);
+    const Real g = p_space == td::kLogits ? zero_or(infinite, p[j] * (l[j] - (logits ? centre : e.kl)) / temperature)
+                                          : (p_space == td::kProbs ? 1 : p[j]) * (l[j] + 1);
     e.grad_p.push_back(zero_or(p[j] == 0, g));
     e.grad_q.push_back(q_space == td::kLogits     ? gap[j] / temperature
                        : q_space == td::kLogProbs ? -p[j]
@@ -240,11 +240,11 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
                                                                       : v_q[j]);
     const Real p_dot = p_space == td::kProbs ? v_p[j] : p[j] * log_p_dot, l_dot = log_p_dot - log_q_dot;
     const Real mass_dot = p_space == td::kLogits ? 0 : mean_p;
-    const Real of_p = p_space == td::kLogits
-                          ? zero_or(infinite, (p_dot * (l[j] - (logits ? centre : e.kl)) + p[j] * (l_dot - e.kl_dot)) /
-                                                  temperature)
-                      : p_space == td::kLogProbs ? p_dot * (l[j] + 1) + p[j] * l_dot
-                                                 : l_dot;
+    const Real of_p =
+        p_space == td::kLogits
+            ? zero_or(infinite, (p_dot * (l[j] - (logits ? centre : e.kl)) + p[j] * (l_dot - e.kl_dot)) / temperature)
+        : p_space == td::kLogProbs ? p_dot * (l[j] + 1) + p[j] * l_dot
+                                   : l_dot;
     e.d_p.push_back(zero_or(p[j] == 0, of_p));
     e.d_q.push_back(q_space == td::kLogits     ? (q[j] * (log_q_dot * mass + mass_dot) - p_dot) / temperature
                     : q_space == td::kLogProbs ? -p_dot
@@ -280,10 +280,8 @@ struct Thread {
   simt::Order order;
   unsigned seed;
 };
-constexpr Thread kOrders[] = {{simt::Order::Forward, 0},
-                              {simt::Order::Backward, 0},
-                              {simt::Order::Random, 1},
-                              {simt::Order::Random, 2}};
+constexpr Thread kOrders[] = {
+    {simt::Order::Forward, 0}, {simt::Order::Backward, 0}, {simt::Order::Random, 1}, {simt::Order::Random, 2}};
 
 double normal(std::mt19937_64& random) { return std::normal_distribution<double>()(random); }
 
@@ -401,14 +399,15 @@ void check_all(const Case& c, const Problem& in) {
                            workspace.data<double>(), nullptr);
   const auto backward = [&](const Rows* grad_p, const Rows* grad_q) {
     Memory space(DType::Double, td::cuda::kl_div_workspace(n, v), "workspace", false);
-    td::cuda::kl_div_backward({rows, in.coefficient.data<double>(), stat.data<double>(),
-                               grad_p != nullptr ? grad_p->out() : td::RowsOut{},
-                               grad_q != nullptr ? grad_q->out() : td::RowsOut{}},
-                              n, space.data<double>(), nullptr);
+    td::cuda::kl_div_backward(
+        {rows, in.coefficient.data<double>(), stat.data<double>(), grad_p != nullptr ? grad_p->out() : td::RowsOut{},
+         grad_q != nullptr ? grad_q->out() : td::RowsOut{}},
+        n, space.data<double>(), nullptr);
   };
   const Rows grad_p(in.p.type(), n, v, c.grad_p, "grad_p", false), grad_q(in.q.type(), n, v, c.grad_q, "grad_q", false),
-      alone_p(in.p.type(), n, v, c.grad_q, "grad_p alone", false), alone_q(in.q.type(), n, v, {}, "grad_q alone", false),
-      d_p(in.p.type(), n, v, {}, "d_p", false), d_q(in.q.type(), n, v, c.grad_q, "d_q", false);
+      alone_p(in.p.type(), n, v, c.grad_q, "grad_p alone", false),
+      alone_q(in.q.type(), n, v, {}, "grad_q alone", false), d_p(in.p.type(), n, v, {}, "d_p", false),
+      d_q(in.q.type(), n, v, c.grad_q, "d_q", false);
   backward(&grad_p, &grad_q);
   backward(&alone_p, nullptr);
   backward(nullptr, &alone_q);
@@ -510,11 +509,25 @@ const Case kCases[] = {
     {.name = "offset", .kl = 1e-4, .offset = 1000},
     // Memory: padded and strided rows, misaligned alike and differently, against the end of a page.
     {.name = "padded", .rows = 3, .classes = 64, .p = {69}, .q = {69}, .grad_p = {65}, .grad_q = {66}},
-    {.name = "misaligned_alike", .rows = 3, .classes = 1067, .p = {0, 1, 1}, .q = {0, 1, 1}, .grad_p = {0, 1, 1},
+    {.name = "misaligned_alike",
+     .rows = 3,
+     .classes = 1067,
+     .p = {0, 1, 1},
+     .q = {0, 1, 1},
+     .grad_p = {0, 1, 1},
      .grad_q = {0, 1, 1}},
-    {.name = "misaligned_differently", .rows = 3, .classes = 1100, .p = {1102, 1, 3}, .q = {1102, 1, 1},
+    {.name = "misaligned_differently",
+     .rows = 3,
+     .classes = 1100,
+     .p = {1102, 1, 3},
+     .q = {1102, 1, 1},
      .grad_q = {0, 1, 2}},
-    {.name = "at_the_end", .rows = 2, .classes = 1031, .p = {0, 1, -1}, .q = {0, 1, -1}, .grad_p = {0, 1, -1},
+    {.name = "at_the_end",
+     .rows = 2,
+     .classes = 1031,
+     .p = {0, 1, -1},
+     .q = {0, 1, -1},
+     .grad_p = {0, 1, -1},
      .grad_q = {0, 1, -1}},
     {.name = "strided", .rows = 3, .classes = 67, .p = {1, 3}, .q = {200, 2}, .grad_p = {1, 3}, .grad_q = {1, 3}},
     {.name = "strided_block", .rows = 2, .classes = 1500, .p = {1, 2}, .grad_p = {1, 2}},
@@ -527,12 +540,12 @@ const Case kCases[] = {
     {.name = "mask_row_block", .rows = 2, .classes = 1300, .mask = Mask::Row},
     {.name = "mask_tail", .rows = 2, .classes = 3000, .kl = 0.1, .mask = Mask::Tail},
 };
-INSTANTIATE_TEST_SUITE_P(Cases, KlDivCuda, testing::ValuesIn(kCases),
-                         [](const auto& test) {
-                           std::string name = test.param.name;
-                           std::replace_if(name.begin(), name.end(), [](char x) { return !std::isalnum(x); }, '_');
-                           return name;
-                         });
+INSTANTIATE_TEST_SUITE_P(Cases, KlDivCuda, testing::ValuesIn(kCases), [](const auto& test) {
+  std::string name = test.param.name;
+  std::replace_if(
+      name.begin(), name.end(), [](char x) { return !std::isalnum(x); }, '_');
+  return name;
+});
 
 // The classes that the centre is guessed from say nothing about the others: the near form needs its second visit.
 TEST(KlDivCudaCentre, BadGuess) {

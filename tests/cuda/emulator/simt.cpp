@@ -1,13 +1,14 @@
 // The emulated device. Each thread of a block is a fiber; blocks run one after another.
 //
-// The checker: the kernels' source is compiled with g++ -fsanitize=thread,bounds,alignment,shift,signed-integer-overflow
-// and linked without any sanitizer's library: the callbacks are at the end of this file. So each access arrives here
-// with its address, size and place. Found are
+// The checker: the kernels' source is compiled with g++
+// -fsanitize=thread,bounds,alignment,shift,signed-integer-overflow and linked without any sanitizer's library: the
+// callbacks are at the end of this file. So each access arrives here with its address, size and place. Found are
 //  - races: two accesses to the same memory by different threads, one of them a write, that neither a barrier nor
 //    __syncwarp orders. Shuffles order nothing; blocks of one launch are never ordered. So a missing barrier is found
 //    even in a run whose values are all right.
 //  - accesses outside of buffers, misaligned ones, reads of what was never written, shared memory of earlier blocks
-//  - barriers that not all threads reach, warp operations whose mask leaves the caller out, or that read a lane which is
+//  - barriers that not all threads reach, warp operations whose mask leaves the caller out, or that read a lane which
+//  is
 //    not there, deadlocks, launches beyond CUDA's limits, a stream asked for without a device guard
 //  - array indices, signed overflow and shifts, as UBSan sees them
 // It knows two readers of an address in each epoch, so a write that races with a third one only may be missed.
@@ -163,7 +164,7 @@ struct Device {
   std::vector<int> ready;
   bool aborted = false;
   // Of the checker.
-  uint32_t block = 0, epoch = 0;               // epoch: how many barriers the block has passed
+  uint32_t block = 0, epoch = 0;                    // epoch: how many barriers the block has passed
   std::vector<std::array<uint32_t, kWarp>> clocks;  // of each thread: what it knows of its warp's lanes
   std::unordered_map<uintptr_t, std::unique_ptr<std::array<Cell, kCells>>> shadow;
   std::map<uintptr_t, KnownBuffer> buffers;
@@ -447,8 +448,9 @@ bool comes_after(const Access& before, bool shared) {
 void check_order(const Access& before, const char* kinds, bool shared, const void* where) {
   if (before.block == 0 || comes_after(before, shared)) return;
   found(key_of("race", before.where, where), [&] {
-    return std::string("race (") + kinds + ") on " + (shared ? "shared" : "global") + " memory: " +
-           place(before.where) + " by thread " + std::to_string(before.thread) + " against " + place(where);
+    return std::string("race (") + kinds + ") on " + (shared ? "shared" : "global") +
+           " memory: " + place(before.where) + " by thread " + std::to_string(before.thread) + " against " +
+           place(where);
   });
 }
 
@@ -625,10 +627,10 @@ void report_undefined(const char* what, const char* file, unsigned line) {
 
 #define SIMT_ACCESS(name, bytes, write) \
   extern "C" void name(void* p) { simt::touch(p, bytes, write, __builtin_return_address(0)); }
-#define SIMT_ACCESSES(bytes)                                  \
-  SIMT_ACCESS(__tsan_read##bytes, bytes, false)               \
-  SIMT_ACCESS(__tsan_write##bytes, bytes, true)               \
-  SIMT_ACCESS(__tsan_unaligned_read##bytes, bytes, false)     \
+#define SIMT_ACCESSES(bytes)                              \
+  SIMT_ACCESS(__tsan_read##bytes, bytes, false)           \
+  SIMT_ACCESS(__tsan_write##bytes, bytes, true)           \
+  SIMT_ACCESS(__tsan_unaligned_read##bytes, bytes, false) \
   SIMT_ACCESS(__tsan_unaligned_write##bytes, bytes, true)
 SIMT_ACCESSES(1)
 SIMT_ACCESSES(2)

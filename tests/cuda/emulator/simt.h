@@ -96,10 +96,7 @@ void launch(dim3 grid, dim3 block, cudaStream_t, void (*kernel)(Parameters...), 
   using Call = std::tuple<void (*)(Parameters...), Parameters...>;  // by value, as a device gets them
   Call call(kernel, static_cast<Parameters>(arguments)...);
   run(
-      grid, block,
-      [](void* c) {
-        std::apply([](auto k, const Parameters&... p) { k(p...); }, *static_cast<Call*>(c));
-      },
+      grid, block, [](void* c) { std::apply([](auto k, const Parameters&... p) { k(p...); }, *static_cast<Call*>(c)); },
       &call, sizeof call, reinterpret_cast<const void*>(kernel));
 }
 #define TD_LAUNCH(kernel, grid, block, stream, ...) ::simt::launch(grid, block, stream, kernel, __VA_ARGS__)
@@ -176,19 +173,19 @@ inline int __all_sync(unsigned mask, int predicate, SIMT_CALLER) {
 }
 
 template <class T>
-T __ldg(const T* p) {
+__forceinline__ T __ldg(const T* p) {
   return simt::load(p);
 }
 template <class T>
-T __ldcs(const T* p) {
+__forceinline__ T __ldcs(const T* p) {
   return simt::load(p);
 }
 template <class T>
-void __stwb(T* p, T v) {
+__forceinline__ void __stwb(T* p, T v) {
   simt::store(p, v);
 }
 template <class T>
-void __stcs(T* p, T v) {
+__forceinline__ void __stcs(T* p, T v) {
   simt::store(p, v);
 }
 inline float __uint_as_float(unsigned u) {
