@@ -16,12 +16,13 @@ CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities mypy test-ptx static-gate mutants mutants-sample install-test compat sanitize bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test compat sanitize bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
 	@echo "make test       every test, in both languages"
 	@echo "make build      compile, and install the package into .venv as editable"
+	@echo "make test-cuda  the CUDA kernels, on an emulated GPU"
 	@echo "make lint       formatting, ruff, mypy        make format    format everything"
 	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compat     compile with the headers of every supported torch"
@@ -35,7 +36,7 @@ demo: build
 	$(call say,distillation in C++)
 	build/examples/distillation
 
-test: lint ctest pytest pytest-capabilities test-ptx static-gate mutants-sample install-test
+test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
@@ -99,7 +100,22 @@ pytest-capabilities: build
 	  ATEN_CPU_CAPABILITY=$$capability pytest -q tests/test_values.py tests/test_gradients.py; \
 	done
 
-# The CUDA kernels without a GPU; docs/cuda.md tells what each of these shows. They skip, with a reason, without nvcc.
+# The CUDA kernels' source on the emulated device of tests/cuda/emulator, in place of the CPU's, for the tests of the
+# operators too: all of their values and derivatives but what takes minutes there (large rows, many of them).
+EMULATED := build/emulated/site
+test-cuda: build
+	$(call say,CUDA kernels on an emulated device)
+	ctest --test-dir build --output-on-failure --no-tests=error -L cuda
+	cmake --build build --parallel $(JOBS) --target torch_divergence_emulated
+	rm -rf $(EMULATED) && mkdir -p $(EMULATED)/torch_divergence/lib
+	cp -r $(PACKAGE)/*.py $(PACKAGE)/functional $(PACKAGE)/modules $(EMULATED)/torch_divergence
+	cmake --install build --prefix $(EMULATED)/torch_divergence --component python > build/install.log
+	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
+	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
+	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
+	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
+
+# docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc.
 test-ptx: $(STAMPS)/venv
 	$(call say,CUDA kernels as nvcc compiles them$(,) interpreted)
 	pytest -q tests/cuda/ptx

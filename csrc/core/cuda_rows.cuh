@@ -60,9 +60,9 @@ struct Team {
 
 // -- Rows in pieces -------------------------------------------------------------------------------------------------
 
-// How many classes a thread takes at once: 16 bytes of a half type.
-template <class A>
-inline constexpr int kPiece = sizeof(A) == 4 ? 8 : 4;
+// How many classes of type T a thread takes at once: 16 bytes of a half type.
+template <class T>
+inline constexpr int kPiece = std::is_same_v<T, double> ? 4 : 8;
 
 // A type that is known when the kernel runs: float, Half or BFloat16.
 struct AnyFloat {};
@@ -77,16 +77,17 @@ struct Pack {  // c10::Half, c10::BFloat16
     const unsigned words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      x[2 * k] = T(static_cast<uint16_t>(words[k] & 0xffffu), T::from_bits());
-      x[2 * k + 1] = T(static_cast<uint16_t>(words[k] >> 16), T::from_bits());
+      x[2 * k] = static_cast<float>(T(static_cast<uint16_t>(words[k] & 0xffffu), T::from_bits()));
+      x[2 * k + 1] = static_cast<float>(T(static_cast<uint16_t>(words[k] >> 16), T::from_bits()));
     }
   }
   template <class A>
   __device__ static void store(T* p, const A* x) {
+    const auto bits = [](A v) { return static_cast<unsigned>(T(static_cast<float>(v)).x); };
     unsigned words[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      words[k] = static_cast<unsigned>(T(x[2 * k]).x) | static_cast<unsigned>(T(x[2 * k + 1]).x) << 16;
+      words[k] = bits(x[2 * k]) | bits(x[2 * k + 1]) << 16;
     }
     __stwb(reinterpret_cast<uint4*>(p), make_uint4(words[0], words[1], words[2], words[3]));
   }
@@ -94,12 +95,15 @@ struct Pack {  // c10::Half, c10::BFloat16
 template <>
 struct Pack<float> {
   static constexpr int kSize = 4;
-  __device__ static void load(const float* p, float* x) {
+  template <class A>
+  __device__ static void load(const float* p, A* x) {
     const float4 v = __ldg(reinterpret_cast<const float4*>(p));
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   }
-  __device__ static void store(float* p, const float* x) {
-    __stwb(reinterpret_cast<float4*>(p), make_float4(x[0], x[1], x[2], x[3]));
+  template <class A>
+  __device__ static void store(float* p, const A* x) {
+    const auto at = [&](int k) { return static_cast<float>(x[k]); };
+    __stwb(reinterpret_cast<float4*>(p), make_float4(at(0), at(1), at(2), at(3)));
   }
 };
 template <>

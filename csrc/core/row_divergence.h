@@ -464,7 +464,7 @@ class RowDivergence {
   }
 
   template <class Kernel, class Call>
-  static void run(Kernel kernel, const Call& call, int64_t rows, const Tensor& p) {
+  static void run(Kernel kernel, const Call& call, int64_t rows, [[maybe_unused]] const Tensor& p) {
 #ifdef TD_CUDA
     if constexpr (requires { D::cuda_kernel(call); })
       if (is_for_cuda(p)) return run_on_cuda(D::cuda_kernel(call), call, rows, D::cuda_workspace(rows, p.size(-1)), p);

@@ -2,8 +2,9 @@
 //
 // Two families, as on the CPU. Both sides in logits: one visit of the row gives the far form and, around a centre
 // guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
-// Everything else, and the double backward: the plain formulas. All arithmetic on classes is in float (double for
-// double), with compensated sums; only what a team's threads leave is merged in double.
+// Its arithmetic on classes, and that of its double backward, is in float (double for double), with compensated sums;
+// only what a team's threads leave is merged in double. Everything else: the plain formulas in double, which nothing
+// less makes as accurate where P and Q are near each other.
 #include <c10/util/Exception.h>
 
 #include <limits>
@@ -55,6 +56,7 @@ __device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, co
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
+// A row's sums, as a segment leaves them.
 struct RowVisit : KlDivVisit<double> {
   __device__ static RowVisit load(const double* x) {
     RowVisit v;
@@ -67,59 +69,68 @@ struct RowVisit : KlDivVisit<double> {
   }
 };
 
+// A thread's sums, and those of one piece.
 template <class A>
-struct ThreadVisit : KlDivVisit<A, Sum<A>> {
-  using Base = KlDivVisit<A, Sum<A>>;
-  Split<A> centre;
-  double centre_hi, inv_t;
-  A scale, gain = 0;  // gain: q_to_p() of now
-  Exp<A> exp;
+class ThreadVisit {
+ public:
+  KlDivVisit<A, Sum<A>> sums;
 
-  __device__ ThreadVisit(double centre_, double centre_lo, double inv_t_)
-      : centre(centre_, centre_lo), centre_hi(centre_), inv_t(inv_t_), scale(static_cast<A>(inv_t_)), exp(inv_t_) {}
+  __device__ ThreadVisit(double centre, double centre_lo, double inv_t)
+      : centre_(centre, centre_lo), rough_centre_(centre), inv_t_(inv_t), scale_(static_cast<A>(inv_t)), exp_(inv_t) {}
 
   template <int K>
   __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
     A top_p = t[0], top_q = s[0];
 #pragma unroll
     for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
-    if (top_p > this->max_p || top_q > this->max_q) {
-      this->raise(top_p, top_q, centre_hi, inv_t);
-      gain = this->q_to_p(centre_hi, inv_t);
+    if (top_p > sums.max_p || top_q > sums.max_q) {
+      sums.raise(top_p, top_q, rough_centre_, inv_t_);
+      q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
     }
-    A sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+    Piece piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const A x = exp.near(t[k] - this->max_p), y = exp.near(s[k] - this->max_q);
-      const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
-      const A near = x * phi_small(u), far = std::fma(y, gain, x_u - x);
-      sum_p += x, sum_q += y, shift += x_u;
-      phi += std::fabs(u) < A(0.5) ? near : far;
+      const A x = exp_.near(t[k] - sums.max_p), y = exp_.near(s[k] - sums.max_q);
+      piece.p += x, piece.q += y;
+      add_near(piece, t[k], s[k], x, y);
     }
-    if (!std::isfinite(sum_p + sum_q + shift + phi)) masked(t, s, sum_p, sum_q, shift, phi);
-    this->sum_p.add(sum_p), this->sum_q.add(sum_q), this->shift.add(shift), this->phi.add(phi);
+    if (!std::isfinite(piece.p + piece.q + piece.shift + piece.phi)) piece = masked(t, s);
+    sums.sum_p.add(piece.p), sums.sum_q.add(piece.q), sums.shift.add(piece.shift), sums.phi.add(piece.phi);
   }
 
  private:
-  // The same of classes among which there are infinities or NaN.
+  struct Piece {
+    A p = 0, q = 0, shift = 0, phi = 0;
+  };
+
+  __device__ __forceinline__ void add_near(Piece& piece, A t, A s, A x, A y) const {
+    const A u = difference_minus(t, s, centre_) * scale_, x_u = x * u;
+    piece.shift += x_u;
+    piece.phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, q_to_p_, x_u - x);
+  }
+  // The sums of classes among which there are infinities or NaN.
   template <int K>
-  __device__ __forceinline__ void masked(const A (&t)[K], const A (&s)[K], A& sum_p, A& sum_q, A& shift, A& phi) {
-    sum_p = 0, sum_q = 0, shift = 0, phi = 0;
+  __device__ __forceinline__ Piece masked(const A (&t)[K], const A (&s)[K]) {
+    Piece piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const A x = t[k] == -kInf<A> ? 0 : exp(t[k] - this->max_p), y = s[k] == -kInf<A> ? 0 : exp(s[k] - this->max_q);
-      sum_p += x, sum_q += y;
+      const A x = t[k] == -kInf<A> ? 0 : exp_(t[k] - sums.max_p), y = s[k] == -kInf<A> ? 0 : exp_(s[k] - sums.max_q);
+      piece.p += x, piece.q += y;
       if (s[k] == -kInf<A>) {
-        this->infinite = this->infinite || t[k] > -kInf<A>;
+        sums.infinite = sums.infinite || t[k] > -kInf<A>;
       } else if (x == 0) {
-        phi += y * gain;
+        piece.phi += y * q_to_p_;
       } else {
-        const A u = difference_minus(t[k], s[k], centre) * scale, x_u = x * u;
-        shift += x_u;
-        phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, gain, x_u - x);
+        add_near(piece, t[k], s[k], x, y);
       }
     }
+    return piece;
   }
+
+  Split<A> centre_;
+  double rough_centre_, inv_t_;
+  A scale_, q_to_p_ = 0;
+  Exp<A> exp_;
 };
 
 __device__ double value_of(double x) { return x; }
@@ -147,7 +158,7 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
 template <class TP, class TQ>
 struct LogitRows {
   using A = Arithmetic<TP>;
-  static constexpr int K = kPiece<A>;
+  static constexpr int K = kPiece<TP>;
   RowPointer<const char> p, q;
 
   __device__ void load(const Pieces& pieces, int64_t piece, A (&t)[K], A (&s)[K]) const {
@@ -186,13 +197,13 @@ struct LogitRows {
     return task.reduce(
         number, whole,
         [&] {
-          ThreadVisit<A> sums(centre, centre_lo, inv_t);
+          ThreadVisit<A> visit(centre, centre_lo, inv_t);
           task.for_pieces<K>(pieces, [&](int64_t piece) {
             A t[K], s[K];
             load(pieces, piece, t, s);
-            sums.add(t, s);
+            visit.add(t, s);
           });
-          return sums;
+          return visit.sums;
         },
         [&](const auto& part) { return merged(task.team, part, centre, inv_t); });
   }
@@ -422,8 +433,8 @@ __device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
 // Both rows, by class: T is AnyFloat or double.
 template <class T>
 struct AnyRows {
-  using A = Arithmetic<T>;
-  static constexpr int K = kPiece<A>;
+  using A = double;
+  static constexpr int K = kPiece<T>;
   RowPointer<const char> p, q;
 
   // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
@@ -457,7 +468,7 @@ __global__ void __launch_bounds__(kThreads)
   if (weight != 0) {
     Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
-    const double inv = inverse_temperature<A>(k.rows.temperature);
+    const double inv = 1 / k.rows.temperature;
     if (k.rows.p_space == kLogits || k.rows.q_space == kLogits) {
       const RowPointer<const char>& logits = k.rows.p_space == kLogits ? rows.p : rows.q;
       Lse lse;
@@ -523,7 +534,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
-  const double inv = inverse_temperature<A>(k.rows.temperature);
+  const double inv = 1 / k.rows.temperature;
   const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
       q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
   const A c = static_cast<A>(coefficient), kl = static_cast<A>(stat.kl), mass = static_cast<A>(stat.mean);
@@ -544,18 +555,16 @@ __global__ void __launch_bounds__(kThreads)
 //   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
 //   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
 // KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
-template <class T>
+template <class T, class A>
 __global__ void __launch_bounds__(kThreads)
     double_backward(const KlDivDoubleBackward k, const RowGrid grid, double* workspace, int launch) {
-  using Rows = AnyRows<T>;
-  using A = typename Rows::A;
-  constexpr int K = Rows::K;
+  constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
   RowPointer<const char> v_p(k.v_p, task.row), v_q(k.v_q, task.row);
   RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, v_p, v_q, d_p, d_q);
+  const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const double inv = inverse_temperature<A>(k.rows.temperature), coefficient = k.coefficient[task.row];
   const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
@@ -569,8 +578,8 @@ __global__ void __launch_bounds__(kThreads)
   // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
   const auto for_classes = [&](int64_t piece, const auto& f) {
     A t[K], s[K], a[K] = {}, b[K] = {};
-    load_piece<T>(rows.p, pieces, piece, p_side.padding, t);
-    load_piece<T>(rows.q, pieces, piece, q_side.padding, s);
+    load_piece<T>(row_p, pieces, piece, p_side.padding, t);
+    load_piece<T>(row_q, pieces, piece, q_side.padding, s);
     if (v_p.data != nullptr) load_piece<T>(v_p, pieces, piece, A(0), a);
     if (v_q.data != nullptr) load_piece<T>(v_q, pieces, piece, A(0), b);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
@@ -703,8 +712,10 @@ void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, St
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream);
+  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double, double>
+              : k.rows.from_logits()          ? &double_backward<AnyFloat, float>
+                                              : &double_backward<AnyFloat, double>,
+              k, rows, workspace, stream);
 }
 
 }  // namespace torch_divergence::cuda

@@ -11,7 +11,9 @@ tell, and with it. Exits with 1 where a mutant survives both that EQUIVALENT doe
 import argparse
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,8 +27,9 @@ import nvcc
 CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
 # Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
-CASES = ("odd", "a_piece", "a_block", "more_than_a_block", "misaligned_differently", "strided", "mask_both", "kl_1e_3")
-FILTER = ":".join([*(f"*/{name}" for name in CASES), "*Logits/split_odd_far", "*Logits/kl_30", "KlDivCudaCentre.*"])
+CASES = ("odd", "a_block")
+LOGITS = ("misaligned_differently", "strided", "mask_both_far", "split_odd_far")
+FILTER = ":".join([*(f"*/{name}" for name in CASES), *(f"*Logits/{name}" for name in LOGITS), "*OtherSpaces/a_piece"])
 
 INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
 MUTATIONS = (
@@ -107,7 +110,7 @@ class Bench:
         command = ["c++", *self.COMMON, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
         return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
-    def verdict(self, mutant: Mutant | None, rules: bool, seconds: int = 240) -> str:
+    def verdict(self, mutant: Mutant | None, rules: bool) -> str:
         csrc = self.folder / "csrc"
         shutil.rmtree(csrc, ignore_errors=True)
         shutil.copytree(CSRC, csrc)
@@ -122,18 +125,15 @@ class Bench:
         wrap = [] if rules else [f"-Wl,--wrap={self.TOUCH}"]
         link = ["c++", *objects, *wrap, "-o", program, "-lgtest_main", "-lgtest", "-ldl", f"-L{self.torch / 'lib'}"]
         subprocess.run([*link, "-lc10", f"-Wl,-rpath,{self.torch / 'lib'}"], check=True)
-        try:
-            run = subprocess.run(
-                [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={FILTER}"],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return "hangs"
+        command = [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={FILTER}"]
+        run = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, preexec_fn=limit_time
+        )
         return classify(run.returncode, run.stdout + run.stderr)
+
+
+def limit_time() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 
 
 RULES = (
@@ -150,7 +150,7 @@ def classify(status: int, output: str) -> str:
     if status == 0:
         return "-"
     if status < 0:
-        return "crash"
+        return "hangs" if -status in (signal.SIGXCPU, signal.SIGKILL) else "crash"
     return next((kind for kind, pattern in RULES if re.search(pattern, output)), "error")
 
 
