@@ -170,8 +170,9 @@ def main() -> int:
                 "memory": traffic / (REACHABLE * gpu.bandwidth),
             }
             bound = max(times, key=lambda t: times[t])
+            short = gpu.name.split()[0]
             costs.append(
-                f"| {call.name} | {gpu.name.split()[0]} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
+                f"| {call.name} | {short} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
                 f"| {instructions:.1f} | {', '.join(f'{1e12 * t:.2f}' for t in times.values())} | {bound} |"
             )
     table = "\n".join([*costs, "", *lines])
