@@ -5,7 +5,7 @@
 
 MUTATIONS removes or shifts every barrier, bound, rescaling, stride, rounding-up, shuffle and shared array of every .cu
 and .cuh in turn; with --all also every guard, choice and comparison. Each mutant goes into the emulated tests twice:
-without the checker, so that only values can tell, and with it. Exits with 1 where one survives both that EQUIVALENT does
+without the checker, so that only values can tell, and with it. Exits with 1 where one survives that EQUIVALENT does
 not explain.
 """
 
