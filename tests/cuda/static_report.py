@@ -97,8 +97,10 @@ def occupancy(registers: int, shared: int, architecture: str) -> float:
     return min(blocks, (164 << 10) // max(per_block, 1)) * BLOCK / THREADS
 
 
-def profile(call: Call, tests: nvcc.Tests, library: ctypes.CDLL, module: ptxsim.Module) -> tuple[float, float, float]:
-    """Bytes, special functions and instructions per element."""
+def profile(
+    call: Call, tests: nvcc.Tests, library: ctypes.CDLL, module: ptxsim.Module
+) -> tuple[float, float, float, float]:
+    """Bytes moved and asked for, special functions and instructions per element."""
     machine = ptxsim.Machine(module)
     machine.count = True
     device = Device(library, machine)
@@ -109,7 +111,8 @@ def profile(call: Call, tests: nvcc.Tests, library: ctypes.CDLL, module: ptxsim.
         executed[opcode] += 32 * warps
     special = sum(executed[o] for o in ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"))
     instructions = sum(n for opcode, n in executed.items() if opcode not in FREE)
-    return sum(machine.requested.values()) / classes, special / classes, instructions / classes
+    moved, asked = (sum(c.values()) / classes for c in (machine.moved, machine.requested))
+    return moved, asked, special / classes, instructions / classes
 
 
 def main() -> int:
@@ -130,8 +133,8 @@ def main() -> int:
     library.profile_kl_div.argtypes = [ctypes.c_bool] * 5
     library.profile_kl_div.restype = ctypes.c_int64
     costs = [
-        "| call | GPU | bytes | least | special | instructions | issue, special, memory: ps | bound |",
-        "|" + "---|" * 8,
+        "| call | GPU | bytes | asked | least | special | instructions | issue, special, memory: ps | bound |",
+        "|" + "---|" * 9,
     ]
     for architecture, gpu in GPUS.items():
         kernels = list(sass.disassemble(tests.library.parent / "kl_div_cuda.o", architecture))
@@ -153,7 +156,7 @@ def main() -> int:
             )
         module = ptxsim.Module(tests.ptx[architecture].read_text())
         for call in calls():
-            traffic, special, instructions = profile(call, tests, library, module)
+            traffic, asked, special, instructions = profile(call, tests, library, module)
             if traffic > call.bytes_allowed:
                 bad.append(
                     f"{architecture} {call.name}: {traffic:.2f} bytes an element, {call.bytes_allowed:.2f} allowed"
@@ -167,8 +170,9 @@ def main() -> int:
                 "memory": traffic / (REACHABLE * gpu.bandwidth),
             }
             bound = max(times, key=lambda t: times[t])
+            short = gpu.name.split()[0]
             costs.append(
-                f"| {call.name} | {gpu.name.split()[0]} | {traffic:.2f} | {call.least_bytes} | {special:.2f} "
+                f"| {call.name} | {short} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
                 f"| {instructions:.1f} | {', '.join(f'{1e12 * t:.2f}' for t in times.values())} | {bound} |"
             )
     table = "\n".join([*costs, "", *lines])

@@ -71,10 +71,12 @@ class Machine:
     `schedule`: "lockstep" or "warps". `approx_ulp`: every result of an .approx instruction is moved by a random number
     of ulp up to this one, for hardware whose last bits are not documented. `findings` holds what broke CUDA's rules.
     `executed` counts instructions by (kernel, opcode), once a warp; `requested` the bytes of the 32-byte sectors that
-    the warps' loads and stores of global memory touch, by (kernel, "ld" or "st").
+    the warps' loads and stores of global memory touch, by (kernel, "ld" or "st"); `moved` those that are not among the
+    last RECENT sectors, which a cache holds.
     """
 
     MAX_STEPS = 5_000_000
+    RECENT = 2048  # 64 KiB a block
 
     def __init__(self, module: Module, schedule: str = "lockstep", approx_ulp: int = 0, seed: int = 0) -> None:
         self.module, self.schedule, self.approx_ulp = module, schedule, approx_ulp
@@ -85,6 +87,8 @@ class Machine:
         self.count = False
         self.executed: Counter[tuple[str, str]] = Counter()
         self.requested: Counter[tuple[str, str]] = Counter()
+        self.moved: Counter[tuple[str, str]] = Counter()
+        self._recent: dict[tuple[int, bool], None] = {}
         self._serial = 0  # blocks run so far
 
     @property
@@ -383,4 +387,13 @@ class Machine:
     def _count_sectors(self, address: np.ndarray, size: int, threads: np.ndarray, write: bool) -> None:
         touched = (address // 32)[:, None] + np.arange(-(-size // 32))
         sectors = np.unique(np.stack([np.repeat(self.warp[threads], touched.shape[1]), touched.ravel()]), axis=1)
-        self.requested[self.kernel.name, "st" if write else "ld"] += 32 * sectors.shape[1]
+        key = (self.kernel.name, "st" if write else "ld")
+        self.requested[key] += 32 * sectors.shape[1]
+        for sector in np.unique(touched):
+            if (sector, write) in self._recent:
+                del self._recent[sector, write]
+            else:
+                self.moved[key] += 32
+            self._recent[sector, write] = None
+            if len(self._recent) > self.RECENT:
+                del self._recent[next(iter(self._recent))]
