@@ -394,7 +394,7 @@ def test_torch_func(case):
         onehot = Case(CROSS_ENTROPY, {**case.options, "target_space": "probs"})
         torch.testing.assert_close(
             transform(case),
-            transform(lambda a, b, **o: onehot(a, (b.unsqueeze(-1) == torch.arange(5)).double(), **o)),
+            transform(lambda a, b, f=onehot, **o: f(a, (b.unsqueeze(-1) == torch.arange(5)).double(), **o)),
             rtol=1e-9,
             atol=1e-10,
         )

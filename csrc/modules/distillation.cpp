@@ -26,8 +26,7 @@ void DistillationLossImpl::pretty_print(std::ostream& stream) const {
 }
 at::Tensor DistillationLossImpl::forward(const at::Tensor& student_logits,
                                          const std::optional<at::Tensor>& teacher_logits,
-                                         const std::optional<at::Tensor>& labels,
-                                         const std::optional<std::pair<at::Tensor, at::Tensor>>& topk,
+                                         const std::optional<at::Tensor>& labels, const std::optional<TopK>& topk,
                                          const std::optional<at::Tensor>& row_weight,
                                          const std::optional<at::Tensor>& normalizer) {
   check_no_batch_tensors(options);

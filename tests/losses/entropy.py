@@ -7,7 +7,7 @@ import torch
 from loss import OPS, SPACES, Case, Exact, JsonCase, Loss, Operator, Rows, compute_dtype, largest, log_softmax, to_space
 from torch import Tensor
 
-# H(P) = -sum p log p, p free where it is given as probabilities. Zeros are treated as the documentation of entropy says.
+# H(P) = -sum p log p, p free where it is given as probabilities. Zeros are treated as entropy documents.
 
 
 def entropy_rows(x: Tensor, *, space: str = "logits", temperature: float = 1.0) -> Tensor:

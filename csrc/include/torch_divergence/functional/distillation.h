@@ -18,11 +18,14 @@ enum class Divergence : std::uint8_t {
 };
 TD_API const char* to_string(Divergence divergence);
 
+/// (indices, log_probs) of a teacher's largest classes, each (*, k).
+using TopK = std::pair<at::Tensor, at::Tensor>;
+
 /// Options of `distillation_loss`.
 struct TD_API DistillationOptions {
   /// A teacher known by its largest log-probabilities only, at `temperature`: (indices, log_probs) as in `kl_div_topk`,
   /// with the "bucket" tail. Replaces `teacher_logits`.
-  TORCH_ARG((std::optional<std::pair<at::Tensor, at::Tensor>>), topk) = std::nullopt;
+  TORCH_ARG(std::optional<TopK>, topk) = std::nullopt;
   /// Divides the logits of both sides in the divergence. Positive.
   TORCH_ARG(double, temperature) = 2.0;
   /// Weight of the divergence, from 0 to 1. None is 1 without labels and 0.5 with them.

@@ -29,7 +29,7 @@ struct TD_API DistillationLossImpl : torch::nn::Cloneable<DistillationLossImpl> 
 
   at::Tensor forward(const at::Tensor& student_logits, const std::optional<at::Tensor>& teacher_logits,
                      const std::optional<at::Tensor>& labels = std::nullopt,
-                     const std::optional<std::pair<at::Tensor, at::Tensor>>& topk = std::nullopt,
+                     const std::optional<TopK>& topk = std::nullopt,
                      const std::optional<at::Tensor>& row_weight = std::nullopt,
                      const std::optional<at::Tensor>& normalizer = std::nullopt);
 
