@@ -252,7 +252,7 @@ def test_equal_clouds():
 def test_points_without_weight_change_nothing(cost, rho):
     x, y = clouds()
     a = weights(5)
-    # Large eps: where the added point sees little but itself, the derivative exists too, but differences see it at no step.
+    # Large eps: a point that sees little but itself has a derivative too, which differences see at no step.
     options = {"cost": cost, "eps": 2.0, "rho": rho, "tol": 1e-13}
     added = torch.tensor([[1.5, 0.0, 1.0]], dtype=F64)
     extra = torch.cat((x, added)).requires_grad_()
