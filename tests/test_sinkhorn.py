@@ -252,9 +252,10 @@ def test_equal_clouds():
 def test_points_without_weight_change_nothing(cost, rho):
     x, y = clouds()
     a = weights(5)
-    options = {"cost": cost, "eps": 0.2, "rho": rho, "tol": 1e-12}
-    far = torch.tensor([[50.0, 0.0, 1.0]], dtype=F64)
-    extra = torch.cat((x, far)).requires_grad_()
+    # Large eps: a point that sees little but itself has a derivative too, which differences see at no step.
+    options = {"cost": cost, "eps": 2.0, "rho": rho, "tol": 1e-13}
+    added = torch.tensor([[1.5, 0.0, 1.0]], dtype=F64)
+    extra = torch.cat((x, added)).requires_grad_()
     a_extra = torch.cat((a, a.new_zeros(1))).requires_grad_()
     value = td.sinkhorn_divergence(extra, y, a_extra, **options)
     close(value, td.sinkhorn_divergence(x, y, a, **options))
@@ -396,12 +397,13 @@ def test_ragged_equals_loop(rho, weighted):
 @pytest.mark.parametrize("cost", COSTS)
 def test_lower_precision(dtype, cost):
     x, y = clouds(40, 50, dtype=dtype, grad=True)
-    value = td.sinkhorn_divergence(x, y, cost=cost, eps=0.3, tol=1e-5)
+    value = td.sinkhorn_divergence(x, y, cost=cost, eps=1.0, tol=1e-5)
     assert value.dtype == torch.float32
     wide = [t.detach().double().requires_grad_() for t in (x, y)]
-    want = td.sinkhorn_divergence(*wide, cost=cost, eps=0.3, tol=1e-9)
+    want = td.sinkhorn_divergence(*wide, cost=cost, eps=1.0, tol=1e-9)
     torch.testing.assert_close(value.double(), want, rtol=5e-6, atol=5e-7)
-    rounding = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    # Gradients are off by up to ten times the marginal error, and rounded once to their type.
+    rounding = 1e-4 + {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     for got, exact in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(want, wide), strict=True):
         assert got.dtype == dtype
         assert (got.double() - exact).abs().max() <= rounding * exact.abs().max()
@@ -684,12 +686,7 @@ def test_masses_may_differ_by_rounding():
 def test_ragged_errors(offsets, message):
     x, y = clouds()
     with pytest.raises(ValueError, match=message):
-        td.sinkhorn_ragged(
-            x[:5] if offsets[2] != 3 else x[: 3 if offsets[1] == 3 else 5],
-            torch.tensor(offsets),
-            y,
-            torch.tensor([0, 2, 6]),
-        )
+        td.sinkhorn_ragged(x[: 3 if 3 in offsets[:2] else 5], torch.tensor(offsets), y, torch.tensor([0, 2, 6]))
 
 
 def test_not_converged_warns_and_never_raises():

@@ -3,12 +3,13 @@
 #include "sinkhorn/sinkhorn.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -503,9 +504,16 @@ struct Prepared {
     const auto one = at::ones_symint({count}, like.options().dtype(at::kDouble));
     return one / one.sum();
   }
-  Tensor ragged_uniform(const Tensor& offsets, const c10::SymInt& total) const {
+  // The problem that each atom belongs to. Offsets that make no sense are the kernels' to refuse: here they only must
+  // not fail in other words.
+  static Tensor problem_of(const Tensor& offsets, const c10::SymInt& total) {
+    const auto atom = at::arange(c10::Scalar(total), offsets.options());
+    return (at::searchsorted(offsets, atom, /*out_int32=*/false, /*right=*/true) - 1)
+        .clamp(0, offsets.sym_size(0).guard_int(__FILE__, __LINE__) - 2);
+  }
+  static Tensor ragged_uniform(const Tensor& offsets, const c10::SymInt& total) {
     const auto counts = offsets.slice(0, 1) - offsets.slice(0, 0, -1);
-    return at::repeat_interleave_symint(1 / counts.to(at::kDouble), counts, 0, total);
+    return (1 / counts.to(at::kDouble)).index_select(0, problem_of(offsets, total));
   }
 
   // eps and rho from eps, blur, rho, reach: eps = blur^2, 2 blur^2 (sqeuclidean), blur (euclidean).
@@ -683,9 +691,7 @@ Divergence sinkhorn_divergence(const Tensor& x, const Tensor& y, const OptionalT
       const auto mass = [&](const Tensor& weight, const OptionalTensor& offsets) {
         const auto w = weight.to(at::kDouble);
         if (!offsets.has_value()) return w.sum(-1);
-        const auto counts = offsets->slice(0, 1) - offsets->slice(0, 0, -1);
-        const auto problem = at::repeat_interleave_symint(counts, w.sym_size(0));
-        return at::zeros_like(p.eps).index_add(0, problem, w);
+        return at::zeros_like(p.eps).index_add(0, Prepared::problem_of(*offsets, w.sym_size(0)), w);
       };
       const auto gap = mass(p.a, p.x_offsets) - mass(p.b, p.y_offsets);
       value = value + p.eps / 2 * gap * gap;
