@@ -596,6 +596,7 @@ def test_vmap_of_a_batch_and_of_potentials():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cost", ("half_sqeuclidean", "cosine"))
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at its own fake copies
 def test_opcheck(cost):
     x, y = clouds(grad=True)
     eps = torch.tensor(0.3, dtype=F64, requires_grad=True)
