@@ -138,7 +138,7 @@ def js_mp_row(
             return [mpmath.mpf(v) for v in x], [mpmath.log(v) if v else mpmath.ninf for v in x]
         return [mpmath.exp(v) for v in x], [mpmath.mpf(v) for v in x]
 
-    with mpmath.workdps(60 + int(2 * spread)):
+    with mpmath.workdps(60 + int(2 * spread - 2 * np.log10(min(beta, 1 - beta)))):
         b = mpmath.mpf(beta)
         unit = 1 / (b * (1 - b)) if scaled else mpmath.mpf(1)
         spaces = _spaces(options)
