@@ -109,13 +109,14 @@ at::Tensor distillation_loss(const at::Tensor& student_logits, const OptionalTen
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "distillation_loss(Tensor student_logits, Tensor? teacher_logits, Tensor? labels=None, *, Tensor? "
       "topk_indices=None, Tensor? topk_log_probs=None, float temperature=2.0, float? alpha=None, str "
       "divergence=\"kl\", "
       "str direction=\"forward\", float beta=0.5, int ignore_index=-100, Tensor? row_weight=None, str "
       "reduction=\"mean\", Tensor? normalizer=None) -> Tensor",
-      std::vector<at::Tag>{at::Tag::pt2_compliant_tag});
+      tags);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
   m.impl("distillation_loss", distillation_loss_op);

@@ -87,10 +87,11 @@ at::Tensor vae_loss(const at::Tensor& reconstruction, const at::Tensor& data, co
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "vae_loss(Tensor reconstruction, Tensor data, Tensor mean, Tensor log_var, *, float beta=1.0, str "
       "likelihood=\"bernoulli\", float scale=1.0, float free_bits=0.0, str reduction=\"mean\") -> Tensor",
-      std::vector<at::Tag>{at::Tag::pt2_compliant_tag});
+      tags);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { m.impl("vae_loss", vae_loss_op); }
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { m.impl("vae_loss", vae_loss_op); }
