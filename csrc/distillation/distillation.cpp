@@ -53,14 +53,18 @@ at::Tensor distillation_loss_op(const at::Tensor& student, const OptionalTensor&
   TORCH_CHECK_VALUE(reduction != "batchmean" || !labels.has_value(), kName,
                     ": reduction is \"batchmean\" with labels; expected \"mean\"");
 
-  OptionalTensor weight = row_weight;
+  at::Tensor weight;  // undefined: none
+  if (row_weight.has_value()) weight = *row_weight;
   if (labels.has_value()) {
     const auto kept = labels->ne(ignore_index);
-    weight = row_weight.has_value() ? at::where(kept, *row_weight, at::zeros_like(*row_weight)) : kept;
+    weight = weight.defined() ? at::where(kept, weight, at::zeros_like(weight)) : kept;
   }
   const auto reduce = reduction_of(reduction);
   // Each loss keeps its own operator and with it the gradient in the forward visit.
-  const auto share = [&](auto options) { return options.row_weight(weight).reduction(reduce).normalizer(normalizer); };
+  const auto share = [&](auto options) {
+    if (weight.defined()) options.row_weight(weight);
+    return options.reduction(reduce).normalizer(normalizer);
+  };
   at::Tensor loss;
   if (a > 0) {
     const auto d = reverse ? Direction::Reverse : Direction::Forward;
