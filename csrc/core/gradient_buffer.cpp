@@ -2,7 +2,6 @@
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/TracerMode.h>
-#include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -30,13 +29,19 @@ bool is_ours_alone(const at::Tensor& saved) {
 
 void scale_gradient_(at::Tensor& gradient, const at::Tensor& factor) {
   const double f = factor.item().toDouble();
-  if (f != 1) gradient.mul_(f);
+  // Not a product with 0: an infinite derivative would come back as NaN.
+  if (f == 0) {
+    gradient.zero_();
+  } else if (f != 1) {
+    gradient.mul_(f);
+  }
 }
 
 at::Tensor hand_over(at::Tensor saved, const at::Tensor& factor) {
   if (!is_ours_alone(saved)) {
     auto fresh = empty_like_large(saved);
-    at::mul_out(fresh, saved, factor);
+    fresh.copy_(saved);
+    scale_gradient_(fresh, factor);
     return fresh;
   }
   scale_gradient_(saved, factor);
