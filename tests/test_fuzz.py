@@ -22,8 +22,8 @@ fuzzed = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-# js_div's gradient cancels in rows where nearly all of one side's mass shares one ratio of the probabilities, which random
-# calls find: README.md names it.
+# js_div loses digits of the gradient in rows where nearly all of one side has one ratio of the probabilities: random
+# calls find them, README.md names them.
 CANCELS = pytest.mark.xfail(reason="js_div: the gradient of rows whose mass shares one ratio cancels", strict=False)
 losses = pytest.mark.parametrize(
     "loss",

@@ -91,6 +91,7 @@ class SinkhornResult:
         """The plan P, (N, M) or (B, N, M): memory for every pair. Differentiable.
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> result = td.sinkhorn(torch.randn(4, 2), torch.randn(5, 2), eps=0.5, tol=1e-6)
         >>> torch.allclose(result.plan().sum(), torch.tensor(1.0), atol=1e-5)
         True
@@ -109,6 +110,7 @@ class SinkhornResult:
             (N,) or (N, K), with ``transpose`` (M,) or (M, K), batched as the result.
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> result = td.sinkhorn(torch.randn(4, 2), torch.randn(5, 2), eps=0.5, tol=1e-6)
         >>> torch.allclose(result.apply(torch.ones(5)), torch.full((4,), 0.25), atol=1e-5)
         True
@@ -120,6 +122,7 @@ class SinkhornResult:
         r"""Where the plan sends each x: :math:`\sum_j P_{ij} y_j / \sum_j P_{ij}`, shaped as x. Once differentiable.
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(4, 2)
         >>> td.sinkhorn(x, x + 1, eps=1e-3).barycentric_projection().sub(x).mean(0).round(decimals=2)
         tensor([1., 1.])
@@ -171,8 +174,9 @@ def sinkhorn(
     Example:
 
         >>> import torch, torch_divergence as td
-        >>> x, y = torch.randn(6, 3, requires_grad=True), torch.randn(7, 3)
-        >>> result = td.sinkhorn(x, y, eps=0.1)
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.rand(6, 3, requires_grad=True), torch.rand(7, 3)
+        >>> result = td.sinkhorn(x, y, eps=0.5)
         >>> result.value.backward()
         >>> x.grad.shape, bool(result.converged)
         (torch.Size([6, 3]), True)
@@ -250,8 +254,9 @@ def sinkhorn_divergence(
     Example:
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.rand(50, 3)
-        >>> value = td.sinkhorn_divergence(x, x + torch.tensor([1.0, 0.0, 0.0]), tol=1e-5)
+        >>> value = td.sinkhorn_divergence(x, x + torch.tensor([1.0, 0.0, 0.0]), blur=0.5, tol=1e-5)
         >>> torch.allclose(value, torch.tensor(0.5), atol=1e-3)  # a translation by t: |t|^2/2
         True
         >>> td.sinkhorn_divergence(torch.rand(4, 10, 2), torch.rand(12, 2)).shape
@@ -328,6 +333,7 @@ def sinkhorn_ragged(
     Example:
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> x, y = torch.rand(7, 2), torch.rand(9, 2)
         >>> both = td.sinkhorn_ragged(x, torch.tensor([0, 3, 7]), y, torch.tensor([0, 4, 9]))
         >>> torch.equal(both[1], td.sinkhorn_divergence(x[3:], y[4:]))
@@ -381,6 +387,7 @@ def sinkhorn_cost(
     Example:
 
         >>> import torch, torch_divergence as td
+        >>> _ = torch.manual_seed(0)
         >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
         >>> value = td.sinkhorn_cost(C, eps=0.5)
         >>> value.backward()
