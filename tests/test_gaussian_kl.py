@@ -224,6 +224,7 @@ def test_opcheck():
     torch.library.opcheck(OPS.gaussian_kl.default, inputs, {"row_weight": torch.ones(3)})
 
 
+@pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")  # PyTorch's own, about itself
 @pytest.mark.slow
 def test_compile():
     inputs = draw(3, 5)
