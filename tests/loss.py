@@ -84,7 +84,6 @@ class Loss:
     differentiable: tuple[int, ...] = (0, 1)
     value_and_grad: bool = True
     inplace_grad: bool = True
-    divergence: bool = True  # 0 where both sides are equal, with their Fisher matrix as Hessian
     curvature: float = 1.0  # of the Hessian at P = Q, in units of the Fisher matrix
 
     def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/TracerMode.h>
+#include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -40,8 +41,12 @@ void scale_gradient_(at::Tensor& gradient, const at::Tensor& factor) {
 at::Tensor hand_over(at::Tensor saved, const at::Tensor& factor) {
   if (!is_ours_alone(saved)) {
     auto fresh = empty_like_large(saved);
-    fresh.copy_(saved);
-    scale_gradient_(fresh, factor);
+    const double f = factor.item().toDouble();
+    if (f == 0) {
+      fresh.zero_();
+    } else {
+      at::mul_out(fresh, saved, factor);
+    }
     return fresh;
   }
   scale_gradient_(saved, factor);

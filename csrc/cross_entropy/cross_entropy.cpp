@@ -3,7 +3,6 @@
 #include "cross_entropy/cross_entropy.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -12,6 +11,7 @@
 #include <limits>
 #include <string_view>
 
+#include "core/composite_side.h"
 #include "core/row_function.h"
 
 namespace torch_divergence {
@@ -20,27 +20,6 @@ namespace {
 constexpr const char* kName = "cross_entropy";
 
 // -- The target is a distribution -----------------------------------------------------------------------------------
-
-// One side in ATen operators, for derivatives beyond the second. Notation of cross_entropy_cpu.cpp.
-struct Composite {
-  int64_t space;
-  Tensor x, divisor, prob, log_prob;
-  double t;
-
-  Composite(const Tensor& given, int64_t space_, double t_, at::ScalarType dtype)
-      : space(space_), x(given.to(dtype)), t(t_) {
-    const auto zero = x == 0;  // log and division stay clear of it, or its infinities would come back as 0 * inf
-    divisor = at::where(zero, 1, x);
-    const auto log_x = at::where(zero, -std::numeric_limits<double>::infinity(), divisor.log());
-    log_prob = space == kLogits ? at::log_softmax(x / t, -1) : space == kProbs ? log_x : x;
-    prob = space == kProbs ? x : log_prob.exp();
-  }
-  Tensor log_dot(const Tensor& v) const {
-    if (space == kLogits) return (v - (prob * v).sum(-1, true)) / t;
-    return space == kProbs ? v / divisor : v;
-  }
-  Tensor dot(const Tensor& v) const { return space == kProbs ? v : prob * log_dot(v); }
-};
 
 struct DistributionOps {
   static constexpr const char* name = kName;
@@ -64,7 +43,7 @@ struct DistributionOps {
                                             const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
                                             double temperature, double smoothing, std::array<bool, 3> mask) {
     const auto dtype = loss_dtype(p, q);
-    const Composite a(p, p_space, temperature, dtype), b(q, q_space, temperature, dtype);
+    const CompositeSide a(p, p_space, temperature, dtype), b(q, q_space, temperature, dtype);
     const auto vp = v_p.has_value() ? v_p->to(dtype) : at::zeros_like(a.x),
                vq = v_q.has_value() ? v_q->to(dtype) : at::zeros_like(b.x);
     const double keep = 1 - smoothing;

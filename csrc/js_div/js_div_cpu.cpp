@@ -1,8 +1,8 @@
 // CPU kernels of the Jensen-Shannon divergence. Compiled once per instruction set (CPU_CAPABILITY); formulas in
 // js_div.h.
 //
-// Two families, as for kl_div. Both sides in logits: SIMD in float (double for double inputs), half types widened in
-// registers, memory read once. Everything else, and the double backward: SIMD in double for all types.
+// Two families, as for kl_div. Both sides in logits of float64: memory read once. Everything else, and the double
+// backward: SIMD in double for all types.
 #include "js_div/js_div.h"
 
 #include <algorithm>
@@ -113,8 +113,6 @@ struct Weights {
 };
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
-
-// Below this beta what the formulas divide by leaves float's range.
 
 // Exponentials of one row, e^((x - max)/T) with the maximum so far of each chunk.
 template <class A>

@@ -881,7 +881,8 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
   def("_sinkhorn_marginals(" + problem + "Tensor f, Tensor g, " + options + ") -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
+namespace {
+void register_composites(torch::Library& m) {
   m.impl("sinkhorn_divergence", sinkhorn_divergence);
   m.impl("sinkhorn", sinkhorn);
   m.impl("sinkhorn_cost", sinkhorn_cost);
@@ -889,15 +890,10 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
   m.impl("sinkhorn_apply", sinkhorn_apply);
   m.impl("sinkhorn_transport_cost", sinkhorn_transport_cost);
 }
+}  // namespace
+TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { register_composites(m); }
 // A composite operator under vmap meets the slow per-sample fallback before its decomposition.
-TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
-  m.impl("sinkhorn_divergence", sinkhorn_divergence);
-  m.impl("sinkhorn", sinkhorn);
-  m.impl("sinkhorn_cost", sinkhorn_cost);
-  m.impl("sinkhorn_plan", sinkhorn_plan);
-  m.impl("sinkhorn_apply", sinkhorn_apply);
-  m.impl("sinkhorn_transport_cost", sinkhorn_transport_cost);
-}
+TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { register_composites(m); }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   m.impl("_sinkhorn", solve_cpu);
   m.impl("_sinkhorn_backward", backward_cpu);

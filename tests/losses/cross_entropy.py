@@ -288,7 +288,6 @@ CROSS_ENTROPY = Loss(
         {"label_smoothing": 0.2},
         {"space": "probs", "target_space": "log_probs", "label_smoothing": 0.1},
     ),
-    divergence=False,
 )
 
 CROSS_ENTROPY_LABELS = Loss(
@@ -303,5 +302,4 @@ CROSS_ENTROPY_LABELS = Loss(
     choices={"space": SPACES, "label_smoothing": (0.0, 0.1)},
     transforms=({"temperature": 2.0}, {"label_smoothing": 0.2}, {"space": "probs", "label_smoothing": 0.1}),
     differentiable=(0,),
-    divergence=False,
 )
