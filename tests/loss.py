@@ -223,3 +223,28 @@ def assert_within(actual: Tensor, expected: Rows, allowed: Rows | float, what: s
         limit = np.broadcast_to(bound, expected.shape)[at]
         place = f"{what} at {tuple(map(int, at))}"
         raise AssertionError(f"{place}: got {got[at]}, expected {expected[at]}, error {error[at]:.3g} > {limit:.3g}")
+
+
+def pair_operators(
+    case: Case, name: str, p_at: int, q_at: int, static: tuple[Any, ...], dtype: torch.dtype
+) -> Iterator[Operator]:
+    """Every private operator of core/row_divergence.h, all gradient masks, with inputs that require grad and without.
+
+    `p_at` and `q_at` are the places of P and Q in (input, target), `static` the operators' options.
+    """
+    weight = torch.tensor([0.5, 0.0, 2.0], dtype=dtype)
+    drawn = [t * 0.5 for t in case.draw(3, 5, dtype=dtype, grad=(), seed=1)]
+    vectors = (drawn[p_at], drawn[q_at])
+    for sides in ((), (p_at,), (q_at,), (p_at, q_at)):
+        tensors = case.draw(3, 5, dtype=dtype, grad=sides)
+        p, q = tensors[p_at], tensors[q_at]
+        _, stat = getattr(OPS, name)(p.detach(), q.detach(), weight, *static)
+        grad = torch.randn(3, dtype=compute_dtype(p), requires_grad=bool(sides))
+        yield Operator(name, (p, q, weight if len(sides) == 1 else None, *static))
+        for mask in product((False, True), repeat=2):
+            yield Operator(f"{name}_backward", (grad, p, q, stat, *static, list(mask)))
+        for v_p, v_q in (vectors, (vectors[0], None), (None, vectors[1])):
+            yield Operator(f"{name}_double_backward", (v_p, v_q, grad, p, q, stat, *static, [True] * 3))
+        yield Operator(f"{name}_value_and_grad", (p, q, weight, *static, 0.25, bool(len(sides) % 2)))
+    for mask in product((False, True), repeat=3):
+        yield Operator(f"{name}_double_backward", (*vectors, grad, p, q, stat, *static, list(mask)))

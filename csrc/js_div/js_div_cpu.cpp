@@ -420,8 +420,8 @@ void value_and_grad_logits(const JsDivValueAndGrad& k, int64_t begin, int64_t en
   });
 }
 
-// Which family serves these rows? Float's kernels for logits miss their bound by a factor of up to 8 where the logits
-// are several units apart, so float takes the way through double.
+// Which family serves these rows? In float the gradient's sigma - mean would cancel where logits are several units
+// apart.
 TD_INLINE bool by_logits(const JsDivRows& rows) { return rows.from_logits() && rows.p.dtype == DType::Double; }
 
 // -- Any space, in double -------------------------------------------------------------------------------------------

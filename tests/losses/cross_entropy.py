@@ -17,10 +17,13 @@ from loss import (
     compute_dtype,
     largest,
     log_softmax,
+    pair_operators,
     times,
     to_space,
 )
 from torch import Tensor
+
+from losses.kl_div import kl_draw
 
 # H(P', Q) = -sum p' log q with P' = (1 - s) P + s/K: of distributions (CROSS_ENTROPY) and of class labels
 # (CROSS_ENTROPY_LABELS), where P is 1 at the label. Zeros and infinities as the documentation of cross_entropy says.
@@ -195,19 +198,9 @@ def label_mp_row(x: list[float], label: int, **options: Any) -> tuple[Any, ...]:
 
 
 def ce_draw(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    space: str = "logits",
-    target_space: str | None = None,
-    **_: Any,
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, target_space: str | None = None, **options: Any
 ) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        to_space(torch.randn(shape, dtype=torch.float64, generator=generator), s).to(dtype)
-        for s in (space, target_space or "probs")
-    )
+    return kl_draw(shape, dtype, seed, target_space=target_space or "probs", **options)
 
 
 def label_draw(
@@ -219,7 +212,6 @@ def label_draw(
 
 
 def ce_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Operator]:
-    """Every private operator over all gradient masks, with inputs that require grad and without."""
     o = case.options
     static = (
         SPACES.index(o.get("target_space") or "probs"),
@@ -227,20 +219,7 @@ def ce_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Ope
         float(o.get("temperature", 1.0)),
         float(o.get("label_smoothing", 0.0)),
     )
-    weight = torch.tensor([0.5, 0.0, 2.0], dtype=dtype)
-    vectors = [t * 0.5 for t in case.draw(3, 5, dtype=dtype, grad=(), seed=1)]
-    for sides in ((), (0,), (1,), (0, 1)):
-        q, p = case.draw(3, 5, dtype=dtype, grad=sides)
-        _, stat = OPS._cross_entropy(p.detach(), q.detach(), weight, *static)
-        grad = torch.randn(3, dtype=compute_dtype(p), requires_grad=bool(sides))
-        yield Operator("_cross_entropy", (p, q, weight if len(sides) == 1 else None, *static))
-        for mask in product((False, True), repeat=2):
-            yield Operator("_cross_entropy_backward", (grad, p, q, stat, *static, list(mask)))
-        for v_p, v_q in (vectors[::-1], (vectors[1], None), (None, vectors[0])):
-            yield Operator("_cross_entropy_double_backward", (v_p, v_q, grad, p, q, stat, *static, [True] * 3))
-        yield Operator("_cross_entropy_value_and_grad", (p, q, weight, *static, 0.25, bool(len(sides) % 2)))
-    for mask in product((False, True), repeat=3):
-        yield Operator("_cross_entropy_double_backward", (*vectors[::-1], grad, p, q, stat, *static, list(mask)))
+    return pair_operators(case, "_cross_entropy", 1, 0, static, dtype)
 
 
 def label_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Operator]:

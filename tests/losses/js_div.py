@@ -1,12 +1,10 @@
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import mpmath
 import numpy as np
 import torch
 from loss import (
-    OPS,
     SPACES,
     Case,
     Exact,
@@ -15,9 +13,9 @@ from loss import (
     Operator,
     Options,
     Rows,
-    compute_dtype,
     largest,
     log_softmax,
+    pair_operators,
     times,
 )
 from torch import Tensor
@@ -158,7 +156,6 @@ def js_mp_row(
 
 
 def js_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Operator]:
-    """Every private operator over all gradient masks, with inputs that require grad and without."""
     beta = case.options.get("beta", 0.5)
     i, j = (1, 0) if beta <= 0.5 else (0, 1)  # the operators take the lighter side first
     spaces = _spaces(case.options)
@@ -168,21 +165,7 @@ def js_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Ope
         min(beta, 1 - beta),
         case.options.get("scaled", False),
     )
-    weight = torch.tensor([0.5, 0.0, 2.0], dtype=dtype)
-    vectors = [t * 0.5 for t in case.draw(3, 5, dtype=dtype, grad=(), seed=1)]
-    for sides in ((), (i,), (j,), (i, j)):
-        tensors = case.draw(3, 5, dtype=dtype, grad=sides)
-        p, q = tensors[i], tensors[j]
-        _, stat = OPS._js_div(p.detach(), q.detach(), weight, *static)
-        grad = torch.randn(3, dtype=compute_dtype(p), requires_grad=bool(sides))
-        yield Operator("_js_div", (p, q, weight if len(sides) == 1 else None, *static))
-        for mask in product((False, True), repeat=2):
-            yield Operator("_js_div_backward", (grad, p, q, stat, *static, list(mask)))
-        for v_p, v_q in (vectors, (vectors[0], None), (None, vectors[1])):
-            yield Operator("_js_div_double_backward", (v_p, v_q, grad, p, q, stat, *static, [True] * 3))
-        yield Operator("_js_div_value_and_grad", (p, q, weight, *static, 0.25, bool(len(sides) % 2)))
-    for mask in product((False, True), repeat=3):
-        yield Operator("_js_div_double_backward", (*vectors, grad, p, q, stat, *static, list(mask)))
+    return pair_operators(case, "_js_div", i, j, static, dtype)
 
 
 def js_json_case(case: dict[str, Any]) -> JsonCase:

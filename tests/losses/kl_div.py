@@ -1,5 +1,4 @@
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import mpmath
@@ -7,7 +6,6 @@ import numpy as np
 import torch
 from loss import (
     DIRECTIONS,
-    OPS,
     SPACES,
     Case,
     Exact,
@@ -16,9 +14,9 @@ from loss import (
     Operator,
     Options,
     Rows,
-    compute_dtype,
     largest,
     log_softmax,
+    pair_operators,
     times,
     to_space,
 )
@@ -187,24 +185,9 @@ def kl_draw(
 
 
 def kl_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[Operator]:
-    """Every private operator over all gradient masks, with inputs that require grad and without."""
     (i, j), spaces = _sides(case.options)
     static = (*(SPACES.index(s) for s in spaces), float(case.options.get("temperature", 1.0)))
-    weight = torch.tensor([0.5, 0.0, 2.0], dtype=dtype)
-    vectors = [t * 0.5 for t in case.draw(3, 5, dtype=dtype, grad=(), seed=1)]
-    for sides in ((), (i,), (j,), (i, j)):
-        tensors = case.draw(3, 5, dtype=dtype, grad=sides)
-        p, q = tensors[i], tensors[j]
-        _, stat = OPS._kl_div(p.detach(), q.detach(), weight, *static)
-        grad = torch.randn(3, dtype=compute_dtype(p), requires_grad=bool(sides))
-        yield Operator("_kl_div", (p, q, weight if len(sides) == 1 else None, *static))
-        for mask in product((False, True), repeat=2):
-            yield Operator("_kl_div_backward", (grad, p, q, stat, *static, list(mask)))
-        for v_p, v_q in (vectors, (vectors[0], None), (None, vectors[1])):
-            yield Operator("_kl_div_double_backward", (v_p, v_q, grad, p, q, stat, *static, [True] * 3))
-        yield Operator("_kl_div_value_and_grad", (p, q, weight, *static, 0.25, bool(len(sides) % 2)))
-    for mask in product((False, True), repeat=3):
-        yield Operator("_kl_div_double_backward", (*vectors, grad, p, q, stat, *static, list(mask)))
+    return pair_operators(case, "_kl_div", i, j, static, dtype)
 
 
 def kl_json_case(case: dict[str, Any]) -> JsonCase:
