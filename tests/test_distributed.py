@@ -37,6 +37,9 @@ def train(rank: int, case: int, path: str) -> None:
         loss.backward()
         optimizer.step()
     torch.save([p.detach() for p in model.parameters()], f"{path}/{rank}.pt")
+    # A process that leaves while the other still uses the group takes it down with it.
+    dist.barrier()
+    del model, optimizer
     dist.destroy_process_group()
 
 

@@ -42,25 +42,10 @@
 #include "core/op.h"
 #include "core/reduction.h"
 #include "core/row_layout.h"
+#include "core/row_operator.h"
 #include "core/row_pair.h"
 
 namespace torch_divergence {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Tensors2 = std::tuple<Tensor, Tensor>;
-using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
-
-inline Tensor undefined_unless(bool wanted, Tensor t) { return wanted ? std::move(t) : Tensor(); }
-inline OptionalTensor if_defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-inline Tensor contiguous_double(const Tensor& t) { return t.to(at::kDouble).contiguous(); }
-inline bool is_half(const Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
-// A row of weight 0 gets exactly 0, whatever the incoming gradient.
-inline Tensor weighted(const Tensor& g, const Tensor& weight) {
-  return weight.defined() ? at::where(weight == 0, 0, g * weight) : g;
-}
-// A masked output: nothing, in 0 elements.
-inline Tensor nothing_like(const Tensor& t) { return at::empty({0}, t.options()); }
 
 // What the public operators make of their arguments: both with the classes last, all checked.
 struct CheckedPair {
@@ -73,24 +58,13 @@ CheckedPair checked_pair(const char* name, const Tensor& input, const Tensor& ta
                          const OptionalTensor& row_weight, std::string_view reduction,
                          const OptionalTensor& normalizer);
 
-// An option of a Function, kept in its context under a name of its own.
-template <class T>
-T unpack_option(const c10::IValue& value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return value.toDouble();
-  } else if constexpr (std::is_same_v<T, bool>) {
-    return value.toBool();
-  } else {
-    return value.toInt();
-  }
-}
-
 template <class D, class... O>
 class RowDivergence {
   using AutogradContext = torch::autograd::AutogradContext;
   using Variable = torch::autograd::Variable;
   using variable_list = torch::autograd::variable_list;
   using Rows = typename D::Rows;
+  using Options = SavedOptions<O...>;
   using Mask2 = std::array<bool, 2>;
   using Mask3 = std::array<bool, 3>;
 
@@ -122,7 +96,7 @@ class RowDivergence {
   static Tensors2 rows_dense(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options) {
     const auto weight = checked_weight(D::name, row_weight);
     auto loss = at::empty(p.sizes().slice(0, p.dim() - 1), p.options().dtype(loss_dtype(p, q)));
-    auto stat = empty_stat(p);
+    auto stat = empty_stat(p, D::kStatSize);
     const RowPairForward<Rows> call{D::rows(p, q, options...), data_or_null(weight), loss.mutable_data_ptr(),
                                     loss.scalar_type() == at::kDouble, stat.template mutable_data_ptr<double>()};
     run(D::forward_kernel(), call, loss.numel(), p);
@@ -198,7 +172,7 @@ class RowDivergence {
                                  const OptionalTensor& row_weight, O... options) {
       auto [loss, stat] = rows(p, q, row_weight, options...);
       ctx->save_for_backward({p, q, stat, row_weight.value_or(Tensor())});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->mark_non_differentiable({stat});
       ctx->set_materialize_grads(false);
       return {loss, stat};
@@ -208,7 +182,7 @@ class RowDivergence {
       if (!incoming[0].defined()) return result;
       const auto s = ctx->get_saved_variables();
       const Mask2 mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-      auto [gp, gq] = with_options(ctx, [&](O... options) {
+      auto [gp, gq] = Options::with(ctx, [&](O... options) {
         return RowDivergence::backward(weighted(incoming[0], s[3]), s[0], s[1], s[2], options..., mask);
       });
       result[0] = undefined_unless(mask[0], gp);
@@ -217,7 +191,7 @@ class RowDivergence {
     }
     static variable_list jvp(AutogradContext* ctx, const variable_list& in, const variable_list& tangents) {
       const OptionalTensor weight = in.size() > 2 ? if_defined(in[2]) : std::nullopt;
-      return with_options(ctx, [&](O... options) -> variable_list {
+      return Options::with(ctx, [&](O... options) -> variable_list {
         const auto [loss, stat] = rows(in[0], in[1], weight, options...);
         const Mask2 mask{tangents[0].defined(), tangents[1].defined()};
         const auto [gp, gq] = RowDivergence::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0],
@@ -243,7 +217,7 @@ class RowDivergence {
                                  const Variable& stat, O... options, Mask2 mask) {
       auto [gp, gq] = RowDivergence::backward(grad, p, q, stat, options..., mask);
       ctx->save_for_backward({grad, p, q, stat});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->saved_data["mask_p"] = mask[0];
       ctx->saved_data["mask_q"] = mask[1];
       ctx->set_materialize_grads(false);
@@ -269,7 +243,7 @@ class RowDivergence {
         std::tie(std::ignore, tangent_p, tangent_q) =
             along(ctx, tangents[1], tangents[2], in, {false, mask[0], mask[1]});
       if (tangents[0].defined()) {
-        const auto [gp, gq] = with_options(ctx, [&](O... options) {
+        const auto [gp, gq] = Options::with(ctx, [&](O... options) {
           return RowDivergence::backward(tangents[0], in[1], in[2], in[3], options..., mask);
         });
         tangent_p = tangent_p.defined() ? tangent_p + gp : gp;
@@ -282,7 +256,7 @@ class RowDivergence {
     // s: grad, p, q, stat
     static Tensors3 along(AutogradContext* ctx, const Tensor& v_p, const Tensor& v_q, const variable_list& s,
                           Mask3 mask) {
-      return with_options(ctx, [&](O... options) {
+      return Options::with(ctx, [&](O... options) {
         return double_backward(if_defined(v_p), if_defined(v_q), s[0], s[1], s[2], s[3], options..., mask);
       });
     }
@@ -296,7 +270,7 @@ class RowDivergence {
                                  const OptionalTensor& row_weight, O... options, double scale, bool wrt_q) {
       auto [loss, stat, gradient] = value_and_grad(p, q, row_weight, options..., scale, wrt_q);
       ctx->save_for_backward({p, q, stat, gradient, row_weight.value_or(Tensor())});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->saved_data["scale"] = scale;
       ctx->saved_data["wrt_q"] = wrt_q;
       ctx->mark_non_differentiable({stat, gradient});
@@ -315,7 +289,7 @@ class RowDivergence {
           at::areAnyTensorSubclassLike(s)) {
         const auto each =
             (g * ctx->saved_data["scale"].toDouble()).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
-        auto [gp, gq] = with_options(ctx, [&](O... options) {
+        auto [gp, gq] = Options::with(ctx, [&](O... options) {
           return RowDivergence::backward(weighted(each, s[4]), s[0], s[1], s[2], options..., mask);
         });
         result[0] = undefined_unless(mask[0], gp);
@@ -456,15 +430,6 @@ class RowDivergence {
   static std::string private_name(const char* suffix) { return std::string("_") + D::name + suffix; }
   static std::string operator_name(const char* suffix) { return "torch_divergence::" + private_name(suffix); }
 
-  static Tensor empty_stat(const Tensor& p) {
-    at::DimVector sizes(p.sizes());
-    sizes.back() = D::kStatSize;
-    return at::empty(sizes, p.options().dtype(at::kDouble));
-  }
-  static const double* data_or_null(const Tensor& t) {
-    return t.defined() ? t.template const_data_ptr<double>() : nullptr;
-  }
-
   template <class Kernel, class Call>
   static void run(Kernel kernel, const Call& call, int64_t rows, [[maybe_unused]] const Tensor& p) {
 #ifdef TD_CUDA
@@ -486,31 +451,15 @@ class RowDivergence {
   static Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tensor& q,
                                       const OptionalTensor& row_weight, O... options, double scale, bool wrt_q) {
     const auto weight = checked_weight(D::name, row_weight);
-    auto stat = empty_stat(p);
+    auto stat = empty_stat(p, D::kStatSize);
     const int64_t count = row_count(p);
     const double* const w = data_or_null(weight);
     double* const s = stat.template mutable_data_ptr<double>();
     const RowPairValueAndGrad<Rows> call{D::rows(p, q, options...), w, scale, s, wrt_q, rows_out(gradient)};
     run(D::value_and_grad_kernel(), call, count, p);
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i)
-      if (w == nullptr || w[i] != 0) sum += (w != nullptr ? w[i] : 1) * s[D::kStatSize * i + D::kLossStat];
     auto value = at::empty({}, p.options().dtype(loss_dtype(p, q)));
-    value.fill_(scale * sum);
+    value.fill_(scale * weighted_sum(w, s + D::kLossStat, D::kStatSize, count));
     return {std::move(value), std::move(stat)};
-  }
-
-  static void pack(AutogradContext* ctx, O... options) {
-    int i = 0;
-    ((ctx->saved_data["option" + std::to_string(i++)] = options), ...);
-  }
-  // f(options...)
-  template <class F>
-  static auto with_options(AutogradContext* ctx, const F& f) {
-    return [&]<size_t... I>(std::index_sequence<I...>) {
-      return f(unpack_option<O>(ctx->saved_data.at("option" + std::to_string(I)))...);
-    }
-    (std::index_sequence_for<O...>());
   }
 };
 

@@ -36,6 +36,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   using Variable = torch::autograd::Variable;
   using variable_list = torch::autograd::variable_list;
   using Rows = typename L::Rows;
+  using Options = SavedOptions<O...>;
   using Mask2 = std::array<bool, 2>;
   static constexpr size_t kConstants = sizeof...(C);
 
@@ -67,7 +68,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     const auto weight = checked_weight(L::name, row_weight);
     const double* const w = data_or_null(weight);
     auto loss = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(loss_dtype(x, x)));
-    auto stat = empty_stat(x);
+    auto stat = empty_stat(x, L::kStatSize);
     with_checked(
         [&](const auto&... ready) {
           const SingleRowForward<Rows> call{L::rows(x, ready..., options...), w, loss.mutable_data_ptr(),
@@ -142,7 +143,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
                                  const OptionalTensor& row_weight, O... options) {
       auto [loss, stat] = rows(x, constant..., row_weight, options...);
       ctx->save_for_backward({x, stat, row_weight.value_or(Tensor()), constant...});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->mark_non_differentiable({stat});
       ctx->set_materialize_grads(false);
       return {loss, stat};
@@ -157,7 +158,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     static variable_list jvp(AutogradContext* ctx, const variable_list& in, const variable_list& tangents) {
       // in: x, the constants, and the weight where there is one
       const OptionalTensor weight = in.size() > 1 + kConstants ? if_defined(in[1 + kConstants]) : std::nullopt;
-      return with_options(ctx, [&](O... options) -> variable_list {
+      return Options::with(ctx, [&](O... options) -> variable_list {
         return with_constants(in, 1, [&](const auto&... constant) -> variable_list {
           const auto [loss, stat] = rows(in[0], constant..., weight, options...);
           const auto g = RowFunction::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0],
@@ -177,7 +178,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     static Variable forward(AutogradContext* ctx, const Variable& grad, const Variable& x, C... constant,
                             const Variable& stat, O... options) {
       ctx->save_for_backward({grad, x, stat, constant...});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->set_materialize_grads(false);
       return RowFunction::backward(grad, x, constant..., stat, options...);
     }
@@ -206,7 +207,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
    private:
     static Tensors2 along(AutogradContext* ctx, const Tensor& v, const Tensor& grad, const Tensor& x,
                           const Tensor& stat, const variable_list& s, size_t first, Mask2 mask) {
-      return with_options(ctx, [&](O... options) {
+      return Options::with(ctx, [&](O... options) {
         return with_constants(s, first, [&](const auto&... constant) {
           return double_backward(v, grad, x, constant..., stat, options..., mask);
         });
@@ -222,7 +223,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
                                  const OptionalTensor& row_weight, O... options, double scale) {
       auto [loss, stat, gradient] = value_and_grad(x, constant..., row_weight, options..., scale);
       ctx->save_for_backward({x, stat, gradient, row_weight.value_or(Tensor()), constant...});
-      pack(ctx, options...);
+      Options::pack(ctx, options...);
       ctx->saved_data["scale"] = scale;
       ctx->mark_non_differentiable({stat, gradient});
       ctx->set_materialize_grads(false);  // as in row_divergence.h
@@ -359,14 +360,6 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   static std::string private_name(const char* suffix) { return std::string("_") + L::op + suffix; }
   static std::string operator_name(const char* suffix) { return "torch_divergence::" + private_name(suffix); }
 
-  static Tensor empty_stat(const Tensor& x) {
-    at::DimVector sizes(x.sizes());
-    sizes.back() = L::kStatSize;
-    return at::empty(sizes, x.options().dtype(at::kDouble));
-  }
-  static const double* data_or_null(const Tensor& t) {
-    return t.defined() ? t.template const_data_ptr<double>() : nullptr;
-  }
   template <class Kernel, class Call>
   static void run(Kernel kernel, const Call& call, int64_t count) {
     parallel_rows(count, call.rows.classes,
@@ -394,7 +387,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   static Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& x, C... constant,
                                       const OptionalTensor& row_weight, O... options, double scale) {
     const auto weight = checked_weight(L::name, row_weight);
-    auto stat = empty_stat(x);
+    auto stat = empty_stat(x, L::kStatSize);
     const int64_t count = row_count(x);
     const double* const w = data_or_null(weight);
     double* const s = stat.template mutable_data_ptr<double>();
@@ -404,26 +397,11 @@ class RowFunction<L, Types<C...>, Types<O...>> {
           run(L::value_and_grad_kernel(), call, count);
         },
         x, w, constant...);
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i)
-      if (w == nullptr || w[i] != 0) sum += (w != nullptr ? w[i] : 1) * s[L::kStatSize * i + L::kLossStat];
     auto value = at::empty({}, x.options().dtype(loss_dtype(x, x)));
-    value.fill_(scale * sum);
+    value.fill_(scale * weighted_sum(w, s + L::kLossStat, L::kStatSize, count));
     return {std::move(value), std::move(stat)};
   }
 
-  static void pack(AutogradContext* ctx, O... options) {
-    int i = 0;
-    ((ctx->saved_data["option" + std::to_string(i++)] = options), ...);
-  }
-  // f(options...)
-  template <class F>
-  static auto with_options(AutogradContext* ctx, const F& f) {
-    return [&]<size_t... I>(std::index_sequence<I...>) {
-      return f(unpack_option<O>(ctx->saved_data.at("option" + std::to_string(I)))...);
-    }
-    (std::index_sequence_for<O...>());
-  }
   // f(constants...), which stand in `list` from `first` on
   template <class F>
   static auto with_constants(const variable_list& list, size_t first, const F& f) {
@@ -436,7 +414,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   // f(call), call(grad, x, stat) being the backward with the constants and options of this node
   template <class F>
   static Tensor with_all(AutogradContext* ctx, const variable_list& list, size_t first, const F& f) {
-    return with_options(ctx, [&](O... options) {
+    return Options::with(ctx, [&](O... options) {
       return with_constants(list, first, [&](const auto&... constant) {
         return f([&](const Tensor& grad, const Tensor& x, const Tensor& stat) {
           return RowFunction::backward(grad, x, constant..., stat, options...);
