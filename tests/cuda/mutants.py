@@ -29,7 +29,7 @@ CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
 # Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
 CASES = ("odd", "a_block")
-LOGITS = ("misaligned_differently", "strided", "mask_both_far", "split_odd_far")
+LOGITS = ("misaligned_differently", "strided", "strided_peaked", "mask_both_far", "split_odd_far")
 FILTER = ":".join([*(f"*/{name}" for name in CASES), *(f"*Logits/{name}" for name in LOGITS), "*OtherSpaces/a_piece"])
 
 INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
