@@ -15,9 +15,9 @@ struct Digits {
   torch::Tensor train_images, train_labels, test_images, test_labels;
 };
 
+// DIGITS_PATH is the file, defined by CMakeLists.txt.
 // The digits, split into 1297 to train on and 500 to test on. The rows of the file are in random order.
-inline Digits load_digits(const std::filesystem::path& path = std::filesystem::path(__FILE__).parent_path() /
-                                                              "../data/digits.bin") {
+inline Digits load_digits(const std::filesystem::path& path = DIGITS_PATH) {
   constexpr int64_t n_train = 1297, row_size = 65;
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("cannot open " + path.string());
