@@ -311,51 +311,8 @@ TD_INLINE Vec<double> exp_of(Vec<double> x) {
   return x.exp();
 }
 
-// log u at about 1 ulp, for a positive normal u of which u - 1 is known better than from u itself: log1p without the
-// cancellation at 1 and without the end at u = 0. u = 2^k f with f in [2/3, 4/3), log u = k ln 2 + log1p(f - 1), a
-// polynomial (interpolated at the Chebyshev nodes, relative error 2e-8). Other u: some number.
-TD_INLINE Vec<float> log_of(Vec<float> u, Vec<float> u_minus_1) {
-  constexpr float kLn2Hi = 0x1.62e4p-1f, kLn2Lo = 0x1.7f7d1cp-20f;
-  constexpr float c10 = -0.121255808f, c9 = 0.134257495f, c8 = -0.123461902f, c7 = 0.141183093f, c6 = -0.166701406f,
-                  c5 = 0.200037807f, c4 = -0.249999881f, c3 = 0.333333194f;
-  Vec<float> k, g;
-#if defined(CPU_CAPABILITY_AVX512)
-  const __m512i bits = _mm512_castps_si512(u);
-  const __m512i whole = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f2aaaab)), 23);
-  const __m512 f = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(whole, 23)));
-  k = _mm512_cvtepi32_ps(whole);
-  g = _mm512_mask_mov_ps(_mm512_sub_ps(f, _mm512_set1_ps(1.f)), _mm512_testn_epi32_mask(whole, whole), u_minus_1);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const __m256i bits = _mm256_castps_si256(u);
-  const __m256i whole = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f2aaaab)), 23);
-  const __m256 f = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(whole, 23)));
-  k = _mm256_cvtepi32_ps(whole);
-  g = _mm256_blendv_ps(_mm256_sub_ps(f, _mm256_set1_ps(1.f)), u_minus_1,
-                       _mm256_castsi256_ps(_mm256_cmpeq_epi32(whole, _mm256_setzero_si256())));
-#else
-  float at[kLanes<float>], near[kLanes<float>], powers[kLanes<float>];
-  u.store(at);
-  u_minus_1.store(near);
-  for (int i = 0; i < kLanes<float>; ++i) {
-    const int32_t bits = std::bit_cast<int32_t>(at[i]), whole = (bits - 0x3f2aaaab) >> 23;
-    const float f = std::bit_cast<float>(bits - whole * (1 << 23));
-    powers[i] = static_cast<float>(whole);
-    near[i] = whole == 0 ? near[i] : f - 1.f;
-  }
-  k = Vec<float>::loadu(powers), g = Vec<float>::loadu(near);
-#endif
-  using V = Vec<float>;
-  V y = fmadd(V(c10), g, V(c9));
-  y = fmadd(y, g, V(c8));
-  y = fmadd(y, g, V(c7));
-  y = fmadd(y, g, V(c6));
-  y = fmadd(y, g, V(c5));
-  y = fmadd(y, g, V(c4));
-  y = fmadd(y, g, V(c3));
-  y = fmadd(y, g, V(-0.5f));
-  y = fmadd(y * g, g, fmadd(k, V(kLn2Lo), g));
-  return fmadd(k, V(kLn2Hi), y);
-}
+// log u for a u > 0 of which u - 1 is known better than from u itself: without the cancellation at 1, and without the
+// end that log1p has at u = 0.
 TD_INLINE Vec<double> log_of(Vec<double> u, Vec<double> u_minus_1) {
   const Vec<double> near = u_minus_1.abs() < Vec<double>(0.5);
   if (all(near)) return u_minus_1.log1p();

@@ -70,10 +70,7 @@ struct JsSeries {
     }
   }
   // Up to which |l| the series has all digits, and beyond which the closed form has enough.
-  template <class A>
-  static constexpr A reach() {
-    return sizeof(A) == 4 ? A(0.5) : A(0.05);
-  }
+  static constexpr double kReach = 0.05;
 };
 // Up to which l rho has a logarithm of its own.
 TD_HOST_DEVICE double js_turn(double beta) {

@@ -16,48 +16,41 @@ namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
 
 // sigma, rho and the scaled term of a class, from l and both probabilities.
-template <class A>
 struct Terms {
-  Vec<A> sigma, rho, term;
-  Vec<A> gap;  // q - p, as l has it
+  D sigma, rho, term;
+  D gap;  // q - p, as l has it
 };
 
-template <class A>
 struct Mixture {
-  Vec<A> beta, rest, inv_beta, inv_rest, turn;
-  Vec<A> series[JsSeries::kTerms];
+  D beta, rest, inv_beta, inv_rest, turn;
+  D series[JsSeries::kTerms];
 
   TD_INLINE explicit Mixture(double b)
-      : beta(static_cast<A>(b)),
-        rest(static_cast<A>(1 - b)),
-        inv_beta(static_cast<A>(1 / b)),
-        inv_rest(static_cast<A>(1 / (1 - b))),
-        turn(static_cast<A>(js_turn(b))) {
+      : beta(b), rest(1 - b), inv_beta(1 / b), inv_rest(1 / (1 - b)), turn(js_turn(b)) {
     const JsSeries s(b);
-    for (int k = 0; k < JsSeries::kTerms; ++k) series[k] = Vec<A>(static_cast<A>(s.c[k]));
+    for (int k = 0; k < JsSeries::kTerms; ++k) series[k] = D(s.c[k]);
   }
 
   // l finite or NaN.
-  TD_INLINE Terms<A> operator()(Vec<A> l, Vec<A> p, Vec<A> q) const {
-    const Vec<A> zero(A(0)), one(A(1)), minus_l = zero - l;
-    const Vec<A> small = l.abs()<Vec<A>(JsSeries::reach<A>()), turned = l> turn;
+  TD_INLINE Terms operator()(D l, D p, D q) const {
+    const D zero(0.0), one(1.0), minus_l = zero - l;
+    const D small = l.abs()<D(JsSeries::kReach), turned = l> turn;
     // base e^down is the other side's probability; e^down is bounded.
-    const Vec<A> down = select(turned, minus_l, l), base = select(turned, p, q), e = exp_of<true>(down);
-    const Vec<A> phi =
-        l * l *
-        phi_over_square<A>(
-            minus_l, [](Vec<A> a, Vec<A> b, Vec<A> c) __attribute__((always_inline)) { return fmadd(a, b, c); });
-    const Vec<A> growth = select(small, phi + l, e - one);
-    const Vec<A> other_weight = select(turned, rest, beta), base_weight = select(turned, beta, rest);
-    const Vec<A> minus_log = zero - log_of(fmadd(other_weight, e, base_weight), other_weight * growth);
+    const D down = select(turned, minus_l, l), base = select(turned, p, q), e = exp_of<true>(down);
+    const D phi = l * l *
+                  phi_over_square<double>(
+                      minus_l, [](D a, D b, D c) __attribute__((always_inline)) { return fmadd(a, b, c); });
+    const D growth = select(small, phi + l, e - one);
+    const D other_weight = select(turned, rest, beta), base_weight = select(turned, beta, rest);
+    const D minus_log = zero - log_of(fmadd(other_weight, e, base_weight), other_weight * growth);
 
-    Terms<A> y;
+    Terms y;
     y.rho = select(turned, minus_log - l, minus_log);
     y.sigma = select(turned, minus_log, minus_log + l);
-    Vec<A> s = series[JsSeries::kTerms - 1];
+    D s = series[JsSeries::kTerms - 1];
     for (int k = JsSeries::kTerms - 2; k >= 0; --k) s = fmadd(s, l, series[k]);
-    const Vec<A> of_p = y.sigma * inv_rest, of_q = y.rho * inv_beta;
-    const Vec<A> closed = select(turned, fmadd(e, of_q, of_p), fmadd(e, of_p, of_q));
+    const D of_p = y.sigma * inv_rest, of_q = y.rho * inv_beta;
+    const D closed = select(turned, fmadd(e, of_q, of_p), fmadd(e, of_p, of_q));
     y.term = base * select(small, l * l * s, closed);
     y.gap = base * select(turned, growth, zero - growth);
     return y;
@@ -115,28 +108,26 @@ struct Weights {
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
 // Exponentials of one row, e^((x - max)/T) with the maximum so far of each chunk.
-template <class A>
 struct Kept {
-  A* exps;
+  double* exps;
   double* max;
 };
 
-template <class A, class T>
-LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t_, const Kept<A>& kept) {
-  const Vec<A> inv_t(static_cast<A>(inv_t_));
+LseScan scan_columns(const double* x, int64_t first, int64_t last, double inv_t_, const Kept& kept) {
+  const D inv_t(inv_t_);
   LseScan scan;
   for (int64_t c = first; c < last; c += kChunk) {
     const int64_t n = std::min(kChunk, last - c);
-    scan.raise(max_of_row<A>(x + c, n), inv_t_);
+    scan.raise(max_of_row<double>(x + c, n), inv_t_);
     kept.max[c / kChunk] = scan.max;
-    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
+    const D max(finite_or_zero(scan.max));
     for (int64_t b = c; b < c + n; b += kBlock) {
-      Vec<A> sum(A(0));
-      for_lanes<A>(
+      D sum(0.0);
+      for_lanes<double>(
           std::min(kBlock, c + n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const Vec<A> e = exp_of((load_lanes<A>(x + b + i, count, -kInf<A>) - max) * inv_t);
+            const D e = exp_of((load_lanes<double>(x + b + i, count, -kInf<double>) - max) * inv_t);
             sum = sum + e;
-            store_lanes<A>(kept.exps + b + i, e, count);
+            store_lanes<double>(kept.exps + b + i, e, count);
           });
       scan.sum += sum_of(sum);
     }
@@ -146,48 +137,47 @@ LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t_, con
 
 // l of some classes from their logits. Below its floor a class has no mass that the arithmetic can tell from 0: moved
 // up to it, l stays finite.
-template <class A>
 struct LogRatio {
-  Split<A> difference;
-  Vec<A> floor_p, floor_q, inv_t;
+  Split<double> difference;
+  D floor_p, floor_q, inv_t;
 
   TD_INLINE LogRatio(const JsDivStat& stat, double inv_t_)
       : difference(stat.difference().sum, stat.difference().error),
-        floor_p(static_cast<A>(stat.lse_p - kFar / inv_t_)),
-        floor_q(static_cast<A>(stat.lse_q - kFar / inv_t_)),
-        inv_t(static_cast<A>(inv_t_)) {}
-  TD_INLINE Vec<A> operator()(Vec<A> t, Vec<A> s) const {
+        floor_p(stat.lse_p - kFar / inv_t_),
+        floor_q(stat.lse_q - kFar / inv_t_),
+        inv_t(inv_t_) {}
+  TD_INLINE D operator()(D t, D s) const {
     return difference_minus(max_of(t, floor_p), max_of(s, floor_q), difference) * inv_t;
   }
 
  private:
-  static constexpr double kFar = sizeof(A) == 4 ? 160 : 1600;
+  static constexpr double kFar = 1600;
 };
 
 // What is left aside for a gradient.
 enum class Aside { Nothing, PSigma, QRho };
 
-template <class A, Aside kAside, class TP, class TQ>
-Sums mixed_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t, const Mixture<A>& mixture,
-                   const JsDivStat& stat, const Kept<A>& kept_p, const Kept<A>& kept_q, A* aside) {
-  const LogRatio<A> ratio(stat, inv_t);
+template <Aside kAside>
+Sums mixed_columns(const double* p, const double* q, int64_t first, int64_t last, double inv_t, const Mixture& mixture,
+                   const JsDivStat& stat, const Kept& kept_p, const Kept& kept_q, double* aside) {
+  const LogRatio ratio(stat, inv_t);
   Sums sums;
   for (int64_t c = first; c < last; c += kBlock) {
     const int64_t chunk = c / kChunk;
-    const Vec<A> to_p(static_cast<A>(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t))),
-        to_q(static_cast<A>(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t)));
-    Vec<A> term(A(0)), p_sigma(A(0)), q_rho(A(0)), gap(A(0));
-    for_lanes<A>(
+    const D to_p(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t)),
+        to_q(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t));
+    D term(0.0), p_sigma(0.0), q_rho(0.0), gap(0.0);
+    for_lanes<double>(
         std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
-          const Vec<A> x = load_lanes<A>(kept_p.exps + c + i, count, A(0)) * to_p,
-                       y = load_lanes<A>(kept_q.exps + c + i, count, A(0)) * to_q;
-          const auto terms =
-              mixture(ratio(load_lanes<A>(p + c + i, count, A(0)), load_lanes<A>(q + c + i, count, A(0))), x, y);
-          const Vec<A> of_p = x * terms.sigma, of_q = y * terms.rho;
+          const D x = load_lanes<double>(kept_p.exps + c + i, count, 0.0) * to_p,
+                  y = load_lanes<double>(kept_q.exps + c + i, count, 0.0) * to_q;
+          const auto terms = mixture(
+              ratio(load_lanes<double>(p + c + i, count, 0.0), load_lanes<double>(q + c + i, count, 0.0)), x, y);
+          const D of_p = x * terms.sigma, of_q = y * terms.rho;
           term = term + terms.term, gap = gap + terms.gap;
           p_sigma = p_sigma + of_p, q_rho = q_rho + of_q;
-          if constexpr (kAside == Aside::PSigma) store_lanes<A>(aside + c + i, of_p, count);
-          if constexpr (kAside == Aside::QRho) store_lanes<A>(aside + c + i, of_q, count);
+          if constexpr (kAside == Aside::PSigma) store_lanes<double>(aside + c + i, of_p, count);
+          if constexpr (kAside == Aside::QRho) store_lanes<double>(aside + c + i, of_q, count);
         });
     sums.add({sum_of(term), sum_of(p_sigma), sum_of(q_rho), sum_of(gap)});
   }
@@ -195,15 +185,14 @@ Sums mixed_columns(const TP* p, const TQ* q, int64_t first, int64_t last, double
 }
 
 // The statistics of one row, and with kAside what its gradient needs.
-template <class A, Aside kAside, class TP, class TQ>
-JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach columns, const Mixture<A>& mixture,
-                     const Kept<A>& kept_p, const Kept<A>& kept_q, A* aside) {
-  const double inv_t = inverse_temperature<A>(rows.temperature), t = 1 / inv_t;
+template <Aside kAside>
+JsDivStat logits_row(const JsDivRows& rows, const double* p, const double* q, ForEach columns, const Mixture& mixture,
+                     const Kept& kept_p, const Kept& kept_q, double* aside) {
+  const double inv_t = inverse_temperature<double>(rows.temperature), t = 1 / inv_t;
   JsDivStat stat{};
-  const auto lse = [&](const auto* x, const Kept<A>& kept, double& sum, double& error) {
+  const auto lse = [&](const auto* x, const Kept& kept, double& sum, double& error) {
     const auto scan = merged_segments<LseScan>(
-        rows.classes, columns,
-        [&](int64_t first, int64_t last) { return scan_columns<A>(x, first, last, inv_t, kept); },
+        rows.classes, columns, [&](int64_t first, int64_t last) { return scan_columns(x, first, last, inv_t, kept); },
         [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv_t); });
     if (!(scan.sum > 0) || std::isinf(scan.max)) return false;
     const ExactSum exact = two_sum(scan.max, t * std::log(scan.sum));
@@ -218,7 +207,7 @@ JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach co
     return merged_segments<Sums>(
         rows.classes, columns,
         [&](int64_t first, int64_t last) {
-          return mixed_columns<A, kAside>(p, q, first, last, inv_t, mixture, stat, kept_p, kept_q, aside);
+          return mixed_columns<kAside>(p, q, first, last, inv_t, mixture, stat, kept_p, kept_q, aside);
         },
         [](Sums& total, const Sums& part) { total.add(part); });
   };
@@ -239,48 +228,46 @@ struct Peak {
 
   void merge(const Peak& other) { at = std::max(at, other.at), others += other.others; }
 };
-template <class A, class T>
-TD_INLINE void write_peak(T* grad, const Peak& peak) {
-  if (peak.at >= 0) grad[peak.at] = static_cast<T>(static_cast<A>(-peak.others));
+TD_INLINE void write_peak(double* grad, const Peak& peak) {
+  if (peak.at >= 0) grad[peak.at] = -peak.others;
 }
-template <class A>
-TD_INLINE Vec<A> without_peak(Vec<A> prob, Vec<A> g, int64_t i, Peak& peak) {
-  const Vec<A> top = prob > Vec<A>(A(0.5));
+TD_INLINE D without_peak(D prob, D g, int64_t i, Peak& peak) {
+  const D top = prob > D(0.5);
   if (any(top)) peak.at = i + first_lane(top);
-  return select(top, Vec<A>(A(0)), g);
+  return select(top, D(0.0), g);
 }
 struct Peaks {
   Peak p, q;
 };
 
 // Gradients of a part of a row from its statistics alone: P's, Q's or both.
-template <class A, bool kP, bool kQ, class TP, class TQ>
-Peaks logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first,
-                      int64_t last, const Mixture<A>& mixture, const JsDivStat& stat, double coefficient) {
-  const double inv_t = inverse_temperature<A>(rows.temperature);
+template <bool kP, bool kQ>
+Peaks logits_gradient(const JsDivRows& rows, const double* p, const double* q, double* grad_p, double* grad_q,
+                      int64_t first, int64_t last, const Mixture& mixture, const JsDivStat& stat, double coefficient) {
+  const double inv_t = inverse_temperature<double>(rows.temperature);
   const Weights weights(rows, coefficient * inv_t);
-  const Vec<A> c_p(static_cast<A>(weights.p)), c_q(static_cast<A>(weights.q)), mean_p(static_cast<A>(stat.mean_p)),
-      mean_q(static_cast<A>(stat.mean_q));
-  const LogRatio<A> ratio(stat, inv_t);
-  const ExpFrom<A> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
+  const D c_p(weights.p), c_q(weights.q), mean_p(stat.mean_p), mean_q(stat.mean_q);
+  const LogRatio ratio(stat, inv_t);
+  const ExpFrom<double> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
   Peaks peaks;
   for (int64_t b = first; b < last; b += kBlock) {
-    Vec<A> others_p(A(0)), others_q(A(0));
-    for_lanes<A>(
+    D others_p(0.0), others_q(0.0);
+    for_lanes<double>(
         std::min(kBlock, last - b), [&](int64_t j, auto count) __attribute__((always_inline)) {
           const int64_t i = b + j;
           // The padding of the tail has no mass.
-          const Vec<A> t = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
-          const Vec<A> x = prob_p(t), y = prob_q(s);
+          const D t = load_lanes<double>(p + i, count, -kInf<double>),
+                  s = load_lanes<double>(q + i, count, -kInf<double>);
+          const D x = prob_p(t), y = prob_q(s);
           const auto terms = mixture(ratio(t, s), x, y);
-          const Vec<A> g_p = c_p * x * (terms.sigma - mean_p), g_q = c_q * y * (terms.rho - mean_q);
+          const D g_p = c_p * x * (terms.sigma - mean_p), g_q = c_q * y * (terms.rho - mean_q);
           if constexpr (kP) {
             others_p = others_p + without_peak(x, g_p, i, peaks.p);
-            store_lanes<A>(grad_p + i, g_p, count);
+            store_lanes<double>(grad_p + i, g_p, count);
           }
           if constexpr (kQ) {
             others_q = others_q + without_peak(y, g_q, i, peaks.q);
-            store_lanes<A>(grad_q + i, g_q, count);
+            store_lanes<double>(grad_q + i, g_q, count);
           }
         });
     peaks.p.others += sum_of(others_p), peaks.q.others += sum_of(others_q);
@@ -289,49 +276,46 @@ Peaks logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_
 }
 
 // A thread's room for one row: the exponentials of both sides, and where asked for as much as one of them again.
-template <class A>
 struct Scratch {
-  std::unique_ptr<A[]> exps;
+  std::unique_ptr<double[]> exps;
   std::unique_ptr<double[]> maxima;
   int64_t classes, chunks;
 
   Scratch(int64_t classes_, bool aside)
-      : exps(std::make_unique_for_overwrite<A[]>(static_cast<size_t>((aside ? 3 : 2) * classes_))),
+      : exps(std::make_unique_for_overwrite<double[]>(static_cast<size_t>((aside ? 3 : 2) * classes_))),
         maxima(std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * ((classes_ + kChunk - 1) / kChunk)))),
         classes(classes_),
         chunks((classes_ + kChunk - 1) / kChunk) {}
-  Kept<A> p() const { return {exps.get(), maxima.get()}; }
-  Kept<A> q() const { return {exps.get() + classes, maxima.get() + chunks}; }
+  Kept p() const { return {exps.get(), maxima.get()}; }
+  Kept q() const { return {exps.get() + classes, maxima.get() + chunks}; }
 };
 
-template <class A, class TP, class TQ>
 void forward_logits(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Scratch<A> scratch(k.rows.classes, false);
-  const Mixture<A> mixture(k.rows.beta);
+  const Scratch scratch(k.rows.classes, false);
+  const Mixture mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {{}};
   RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
     const double weight = k.weight ? k.weight[i] : 1;
     JsDivStat stat{};
     if (weight != 0)
-      stat = logits_row<A, Aside::Nothing>(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), columns,
-                                           mixture, scratch.p(), scratch.q(), static_cast<A*>(nullptr));
+      stat = logits_row<Aside::Nothing>(k.rows, static_cast<const double*>(x[0]), static_cast<const double*>(x[1]),
+                                        columns, mixture, scratch.p(), scratch.q(), nullptr);
     stat.store(k.stat + JsDivStat::kSize * i);
     store_loss(k, i, weight != 0 ? weight * stat.js : 0);
   });
 }
 
-template <class A, class TP, class TQ>
 void backward_logits(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Mixture<A> mixture(k.rows.beta);
+  const Mixture mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad_p, k.grad_q};
-  const auto gradient = k.grad_p.data && k.grad_q.data ? &logits_gradient<A, true, true, TP, TQ>
-                        : k.grad_p.data                ? &logits_gradient<A, true, false, TP, TQ>
-                                                       : &logits_gradient<A, false, true, TP, TQ>;
+  const auto gradient = k.grad_p.data && k.grad_q.data ? &logits_gradient<true, true>
+                        : k.grad_p.data                ? &logits_gradient<true, false>
+                                                       : &logits_gradient<false, true>;
   RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* grad_p = static_cast<TP*>(y[0]);
-    auto* grad_q = static_cast<TQ*>(y[1]);
+    auto* grad_p = static_cast<double*>(y[0]);
+    auto* grad_q = static_cast<double*>(y[1]);
     if (k.coefficient[i] == 0) {
       if (grad_p) fill_zero(grad_p, k.rows.classes);
       if (grad_q) fill_zero(grad_q, k.rows.classes);
@@ -341,80 +325,78 @@ void backward_logits(const JsDivBackward& k, int64_t begin, int64_t end, ForEach
     const auto peaks = merged_segments<Peaks>(
         k.rows.classes, columns,
         [&](int64_t first, int64_t last) {
-          return gradient(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), grad_p, grad_q, first,
-                          last, mixture, stat, k.coefficient[i]);
+          return gradient(k.rows, static_cast<const double*>(x[0]), static_cast<const double*>(x[1]), grad_p, grad_q,
+                          first, last, mixture, stat, k.coefficient[i]);
         },
         [](Peaks& total, const Peaks& part) { total.p.merge(part.p), total.q.merge(part.q); });
-    if (grad_p) write_peak<A>(grad_p, peaks.p);
-    if (grad_q) write_peak<A>(grad_q, peaks.q);
+    if (grad_p) write_peak(grad_p, peaks.p);
+    if (grad_q) write_peak(grad_q, peaks.q);
   });
 }
 
-// kQ: the gradient of Q, else that of P; its side has type A. Until its mean is known, what the gradient needs waits in
+// kQ: the gradient of Q, else that of P; until its mean is known, what the gradient needs waits in
 // `aside`: grad itself, unless that is an input's row.
-template <class A, bool kQ, class TP, class TQ>
-JsDivStat value_and_grad_row(const JsDivRows& rows, const TP* p, const TQ* q, A* grad, A* aside, double coefficient,
-                             ForEach columns, const Mixture<A>& mixture, const Kept<A>& kept_p, const Kept<A>& kept_q) {
-  const JsDivStat stat = logits_row < A,
-                  kQ ? Aside::QRho : Aside::PSigma > (rows, p, q, columns, mixture, kept_p, kept_q, aside);
+template <bool kQ>
+JsDivStat value_and_grad_row(const JsDivRows& rows, const double* p, const double* q, double* grad, double* aside,
+                             double coefficient, ForEach columns, const Mixture& mixture, const Kept& kept_p,
+                             const Kept& kept_q) {
+  const JsDivStat stat =
+      logits_row < kQ ? Aside::QRho : Aside::PSigma > (rows, p, q, columns, mixture, kept_p, kept_q, aside);
   if (std::isnan(stat.js)) {
-    std::fill_n(grad, rows.classes, std::numeric_limits<A>::quiet_NaN());
+    std::fill_n(grad, rows.classes, std::numeric_limits<double>::quiet_NaN());
     return stat;
   }
-  const double inv_t = inverse_temperature<A>(rows.temperature);
+  const double inv_t = inverse_temperature<double>(rows.temperature);
   const Weights weights(rows, coefficient * inv_t);
-  const Vec<A> c(static_cast<A>(kQ ? weights.q : weights.p)), mean(static_cast<A>(kQ ? stat.mean_q : stat.mean_p));
+  const D c(kQ ? weights.q : weights.p), mean(kQ ? stat.mean_q : stat.mean_p);
   const double lse = kQ ? stat.lse_q + stat.lse_q_lo : stat.lse_p + stat.lse_p_lo;
-  const Kept<A>& kept = kQ ? kept_q : kept_p;
+  const Kept& kept = kQ ? kept_q : kept_p;
   const auto peak = merged_segments<Peak>(
       rows.classes, columns,
       [&](int64_t first, int64_t last) {
         Peak part;
         for (int64_t b = first; b < last; b += kBlock) {
-          const Vec<A> factor(static_cast<A>(kept_factor(kept.max[b / kChunk], lse, inv_t)));
-          Vec<A> others(A(0));
-          for_lanes<A>(
+          const D factor(kept_factor(kept.max[b / kChunk], lse, inv_t));
+          D others(0.0);
+          for_lanes<double>(
               std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-                const Vec<A> prob = load_lanes<A>(kept.exps + b + i, count, A(0)) * factor;
-                const Vec<A> g = c * (load_lanes<A>(aside + b + i, count, A(0)) - prob * mean);
+                const D prob = load_lanes<double>(kept.exps + b + i, count, 0.0) * factor;
+                const D g = c * (load_lanes<double>(aside + b + i, count, 0.0) - prob * mean);
                 others = others + without_peak(prob, g, b + i, part);
-                store_lanes<A>(grad + b + i, g, count);
+                store_lanes<double>(grad + b + i, g, count);
               });
           part.others += sum_of(others);
         }
         return part;
       },
       [](Peak& total, const Peak& part) { total.merge(part); });
-  write_peak<A>(grad, peak);
+  write_peak(grad, peak);
   return stat;
 }
 
-template <class A, class TP, class TQ>
 void value_and_grad_logits(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   const int64_t n = k.rows.classes;
   const bool over_input = k.grad.data == (k.wrt_q ? k.rows.q : k.rows.p).data;
-  const Scratch<A> scratch(n, over_input);
-  const Mixture<A> mixture(k.rows.beta);
+  const Scratch scratch(n, over_input);
+  const Mixture mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
   RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* grad = static_cast<A*>(y[0]);
+    auto* grad = static_cast<double*>(y[0]);
     const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
     JsDivStat stat{};
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
-      A* const aside = over_input ? scratch.exps.get() + 2 * n : grad;
-      const auto* p = static_cast<const TP*>(x[0]);
-      const auto* q = static_cast<const TQ*>(x[1]);
-      if constexpr (std::is_same_v<TQ, A>)
-        if (k.wrt_q)
-          stat = value_and_grad_row<A, true>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
-                                             scratch.q());
-      if constexpr (std::is_same_v<TP, A>)
-        if (!k.wrt_q)
-          stat = value_and_grad_row<A, false>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
-                                              scratch.q());
+      double* const aside = over_input ? scratch.exps.get() + 2 * n : grad;
+      const auto* p = static_cast<const double*>(x[0]);
+      const auto* q = static_cast<const double*>(x[1]);
+      if (k.wrt_q)
+        stat = value_and_grad_row<true>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                        scratch.q());
+      if (!k.wrt_q)
+        stat = value_and_grad_row<false>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                         scratch.q());
     }
     stat.store(k.stat + JsDivStat::kSize * i);
   });
@@ -434,7 +416,7 @@ JsDivStat any_row(const JsDivRows& rows, const void* p, const void* q, ForEach c
   };
   if (rows.p_space == kLogits) lse(p, rows.p, stat.lse_p, stat.lse_p_lo);
   if (rows.q_space == kLogits) lse(q, rows.q, stat.lse_q, stat.lse_q_lo);
-  const Mixture<double> mixture(rows.beta);
+  const Mixture mixture(rows.beta);
   const auto pass = [&] {
     const Sides sides(rows, stat);
     return merged_segments<Sums>(
@@ -483,7 +465,7 @@ void any_gradient(const JsDivRows& rows, const void* p, const void* q, const Row
     return;
   }
   const Sides sides(rows, stat);
-  const Mixture<double> mixture(rows.beta);
+  const Mixture mixture(rows.beta);
   const Weights weights(rows, coefficient);
   const D c_p(weights.p), c_q(weights.q);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
@@ -563,7 +545,7 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
   const double coefficient = k.coefficient[row];
   const Sides sides(rows, stat);
   const Side &p_side = sides.p_side, &q_side = sides.q_side;
-  const Mixture<double> mixture(rows.beta);
+  const Mixture mixture(rows.beta);
   const D zero(0.0), one(1.0);
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& v_p, D& v_q) __attribute__((always_inline)) {
     D l;
@@ -636,17 +618,17 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
 
 void js_div_forward(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return forward_any(k, begin, end, columns);
-  forward_logits<double, double, double>(k, begin, end, columns);
+  forward_logits(k, begin, end, columns);
 }
 
 void js_div_backward(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return backward_any(k, begin, end, columns);
-  backward_logits<double, double, double>(k, begin, end, columns);
+  backward_logits(k, begin, end, columns);
 }
 
 void js_div_value_and_grad(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return value_and_grad_any(k, begin, end, columns);
-  value_and_grad_logits<double, double, double>(k, begin, end, columns);
+  value_and_grad_logits(k, begin, end, columns);
 }
 
 void js_div_double_backward(const JsDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {

@@ -29,7 +29,7 @@ CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
 # Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
 CASES = ("odd", "a_block")
-LOGITS = ("misaligned_differently", "strided", "strided_peaked", "mask_both_far", "split_odd_far")
+LOGITS = ("misaligned_differently", "strided", "strided_peaked", "mask_both_far", "split_odd_far", "offset")
 FILTER = ":".join([*(f"*/{name}" for name in CASES), *(f"*Logits/{name}" for name in LOGITS), "*OtherSpaces/a_piece"])
 
 INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
@@ -59,6 +59,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "no kernel's consecutive reductions share an array, which belongs to type, count and operation: forward max 1, "
         "sum 2, (max 2, sum 5) twice; backward max 2, sum 5, max 1, sum 2; other spaces max 1, sum 1, sum 2; double "
         "backward sum 3, sum 2. The barrier of the reduction between orders them."
+    ),
+    ("boundary one down", "if (row.packed && at >= 0 && at + K <= pieces.classes) {"): (
+        "the piece at 0 goes entry by entry, as every piece that is not whole does: the same entries, one at a time."
+    ),
+    ("boundary one down", "if (rows >= kManyRows || classes < 2 * kSegment) return;"): (
+        "256 rows are split too: a split row gives what a whole one gives, which the split cases test."
+    ),
+    ("rounding up dropped", "segments = static_cast<int>((classes + segment - 1) / segment);"): (
+        "the last segment goes to the row's end, however long that is: it takes the rest, and classes >= segment."
     ),
 }
 
