@@ -83,6 +83,7 @@ class Loss:
     ]  # the options that gradients, transforms and compilers are tried with; the first for the slowest
     differentiable: tuple[int, ...] = (0, 1)
     value_and_grad: bool = True
+    stores_half: bool = False  # value_and_grad serves half types too
     inplace_grad: bool = True
     curvature: float = 1.0  # of the Hessian at P = Q, in units of the Fisher matrix
 
@@ -245,6 +246,6 @@ def pair_operators(
             yield Operator(f"{name}_backward", (grad, p, q, stat, *static, list(mask)))
         for v_p, v_q in (vectors, (vectors[0], None), (None, vectors[1])):
             yield Operator(f"{name}_double_backward", (v_p, v_q, grad, p, q, stat, *static, [True] * 3))
-        yield Operator(f"{name}_value_and_grad", (p, q, weight, *static, 0.25, bool(len(sides) % 2)))
+        yield Operator(f"{name}_value_and_grad", (p, q, weight, *static, 0.25, 2.0, bool(len(sides) % 2)))
     for mask in product((False, True), repeat=3):
         yield Operator(f"{name}_double_backward", (*vectors, grad, p, q, stat, *static, list(mask)))

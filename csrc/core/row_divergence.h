@@ -13,6 +13,7 @@
 //   name                                      of the public operator
 //   kValueNode, kGradientNode, ...            names that grad_fn shows
 //   Rows, kStatSize, kLossStat                kernel argument, doubles a row, which of them is the loss
+//   kStoresHalf                               value_and_grad is worth it for a gradient of a half type
 //   rows(p, q, O...) -> Rows
 //   forward_kernel() ...                      of the processor at hand
 //   cuda_kernel(call), cuda_workspace(...)    where there are CUDA kernels: see run_on_cuda() in core/cuda_tensors.h
@@ -86,9 +87,9 @@ class RowDivergence {
     return op.call(v_p, v_q, grad, p, q, stat, options..., mask);
   }
   static Tensors3 value_and_grad(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
-                                 double scale, bool wrt_q) {
+                                 double scale, double incoming, bool wrt_q) {
     static const auto op = typed_op<decltype(value_and_grad)>(operator_name("_value_and_grad").c_str());
-    return op.call(p, q, row_weight, options..., scale, wrt_q);
+    return op.call(p, q, row_weight, options..., scale, incoming, wrt_q);
   }
 
   // -- CPU and CUDA -------------------------------------------------------------------------------------------------
@@ -134,9 +135,9 @@ class RowDivergence {
   }
 
   static Tensors3 value_and_grad_dense(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
-                                       double scale, bool wrt_q) {
+                                       double scale, double incoming, bool wrt_q) {
     auto gradient = empty_like_large(wrt_q ? q : p);
-    auto [loss, stat] = value_and_grad_into(gradient, p, q, row_weight, options..., scale, wrt_q);
+    auto [loss, stat] = value_and_grad_into(gradient, p, q, row_weight, options..., scale, incoming, wrt_q);
     return {std::move(loss), std::move(stat), std::move(gradient)};
   }
 
@@ -157,7 +158,7 @@ class RowDivergence {
             mask[1] ? at::empty_like(p) : nothing_like(p), mask[2] ? at::empty_like(q) : nothing_like(q)};
   }
   static Tensors3 value_and_grad_meta(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight, O... options,
-                                      double, bool wrt_q) {
+                                      double, double, bool wrt_q) {
     auto [loss, stat] = rows_meta(p, q, row_weight, options...);
     return {at::empty({}, loss.options()), std::move(stat), at::empty_like(wrt_q ? q : p)};
   }
@@ -262,16 +263,19 @@ class RowDivergence {
     }
   };
 
+  // The stored gradient is the one for `incoming`; where another comes, see core/gradient_buffer.h.
   struct ValueAndGradient : torch::autograd::Function<ValueAndGradient> {
     static constexpr const char* name = D::kValueAndGradientNode;
     static constexpr bool is_traceable = true;
 
     static variable_list forward(AutogradContext* ctx, const Variable& p, const Variable& q,
-                                 const OptionalTensor& row_weight, O... options, double scale, bool wrt_q) {
-      auto [loss, stat, gradient] = value_and_grad(p, q, row_weight, options..., scale, wrt_q);
+                                 const OptionalTensor& row_weight, O... options, double scale, double incoming,
+                                 bool wrt_q) {
+      auto [loss, stat, gradient] = value_and_grad(p, q, row_weight, options..., scale, incoming, wrt_q);
       ctx->save_for_backward({p, q, stat, gradient, row_weight.value_or(Tensor())});
       Options::pack(ctx, options...);
       ctx->saved_data["scale"] = scale;
+      ctx->saved_data["incoming"] = incoming;
       ctx->saved_data["wrt_q"] = wrt_q;
       ctx->mark_non_differentiable({stat, gradient});
       // Or backward is handed zeros as large as the gradient for the output that nobody differentiates.
@@ -279,16 +283,16 @@ class RowDivergence {
       return {loss, stat, gradient};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
-      variable_list result(5 + sizeof...(O));
+      variable_list result(6 + sizeof...(O));
       const auto& g = incoming[0];
       if (!g.defined()) return result;
       auto s = ctx->get_saved_variables();
+      const double scale = ctx->saved_data["scale"].toDouble();
       const bool wrt_q = ctx->saved_data["wrt_q"].toBool();
       const Mask2 mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
       if (at::GradMode::is_enabled() || mask[wrt_q ? 0 : 1] || at::isTensorSubclassLike(g) ||
           at::areAnyTensorSubclassLike(s)) {
-        const auto each =
-            (g * ctx->saved_data["scale"].toDouble()).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
+        const auto each = (g * scale).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
         auto [gp, gq] = Options::with(ctx, [&](O... options) {
           return RowDivergence::backward(weighted(each, s[4]), s[0], s[1], s[2], options..., mask);
         });
@@ -297,8 +301,14 @@ class RowDivergence {
         return result;
       }
       Tensor gradient = std::move(s[3]);
-      s.clear();
-      result[wrt_q ? 1 : 0] = hand_over(std::move(gradient), g);
+      s[3] = Tensor();
+      result[wrt_q ? 1 : 0] = hand_over(
+          std::move(gradient), ctx->saved_data["incoming"].toDouble(), g.item().toDouble(), expected_gradient(),
+          [&](double needed) {
+            return Options::with(ctx, [&](O... options) {
+              return std::get<2>(value_and_grad(s[0], s[1], if_defined(s[4]), options..., scale, needed, wrt_q));
+            });
+          });
       return result;
     }
     static variable_list jvp(AutogradContext*, const variable_list&, const variable_list&) {
@@ -324,8 +334,8 @@ class RowDivergence {
     return double_backward(v_p, v_q, grad, p, q, stat, options..., mask);
   }
   static Tensors3 value_and_grad_autograd(const Tensor& p, const Tensor& q, const OptionalTensor& row_weight,
-                                          O... options, double scale, bool wrt_q) {
-    auto v = apply<ValueAndGradient>(p, q, row_weight, options..., scale, wrt_q);
+                                          O... options, double scale, double incoming, bool wrt_q) {
+    auto v = apply<ValueAndGradient>(p, q, row_weight, options..., scale, incoming, wrt_q);
     return {v[0], v[1], v[2]};
   }
 
@@ -334,12 +344,13 @@ class RowDivergence {
   static Tensor loss(const Tensor& p, const Tensor& q, const RowReduction& reduction, O... options) {
     const bool wrt_p = p.requires_grad(), wrt_q = q.requires_grad();
     const auto plain = [](const OptionalTensor& t) { return !t.has_value() || is_plain_eager(*t); };
-    // Training at memory speed. Half types take the plain pair: a gradient/n stored in half loses what GradScaler
-    // keeps.
-    if (reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && !is_half(wrt_q ? q : p) &&
+    const auto& own = wrt_q ? q : p;
+    // Training at memory speed.
+    if (reduction.reduces() && at::GradMode::is_enabled() && wrt_p != wrt_q && (D::kStoresHalf || !is_half(own)) &&
         is_plain_eager(p) && is_plain_eager(q) && !is_for_cuda(p) && plain(reduction.weight()) &&
         plain(reduction.normalizer()))
-      return std::get<0>(value_and_grad(p, q, reduction.weight(), options..., reduction.scale(), wrt_q));
+      return std::get<0>(value_and_grad(p, q, reduction.weight(), options..., reduction.scale(),
+                                        expected_gradient().next(own), wrt_q));
     return reduction(std::get<0>(rows(p, q, reduction.weight(), options...)));
   }
 
@@ -378,7 +389,7 @@ class RowDivergence {
                       input_is_q ? RowsOut{} : rows_out(own), input_is_q ? rows_out(own) : RowsOut{});
       };
     } else {
-      std::tie(value, stat) = value_and_grad_into(own, p, q, weight, options..., scale, input_is_q);
+      std::tie(value, stat) = value_and_grad_into(own, p, q, weight, options..., scale, 1, input_is_q);
       finish = scale_gradient_;
     }
     return attach_inplace_gradient(D::name, std::move(value), input, target, std::move(target_gradient),
@@ -399,7 +410,7 @@ class RowDivergence {
     def("_double_backward", "Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p, Tensor q, Tensor stat",
         ", bool[3] mask) -> (Tensor, Tensor, Tensor)");
     def("_value_and_grad", "Tensor p, Tensor q, Tensor? row_weight",
-        ", float scale, bool wrt_q) -> (Tensor, Tensor, Tensor)");
+        ", float scale, float incoming, bool wrt_q) -> (Tensor, Tensor, Tensor)");
   }
   static void register_cpu(torch::Library& m) {
     m.impl(private_name("").c_str(), &rows_dense);
@@ -427,6 +438,10 @@ class RowDivergence {
   }
 
  private:
+  static ExpectedGradient& expected_gradient() {
+    static ExpectedGradient expected;
+    return expected;
+  }
   static std::string private_name(const char* suffix) { return std::string("_") + D::name + suffix; }
   static std::string operator_name(const char* suffix) { return "torch_divergence::" + private_name(suffix); }
 
@@ -449,13 +464,14 @@ class RowDivergence {
 
   // loss and stat of one visit that leaves the gradient in `gradient`, which may be the storage of its own side.
   static Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& p, const Tensor& q,
-                                      const OptionalTensor& row_weight, O... options, double scale, bool wrt_q) {
+                                      const OptionalTensor& row_weight, O... options, double scale, double incoming,
+                                      bool wrt_q) {
     const auto weight = checked_weight(D::name, row_weight);
     auto stat = empty_stat(p, D::kStatSize);
     const int64_t count = row_count(p);
     const double* const w = data_or_null(weight);
     double* const s = stat.template mutable_data_ptr<double>();
-    const RowPairValueAndGrad<Rows> call{D::rows(p, q, options...), w, scale, s, wrt_q, rows_out(gradient)};
+    const RowPairValueAndGrad<Rows> call{D::rows(p, q, options...), w, scale * incoming, s, wrt_q, rows_out(gradient)};
     run(D::value_and_grad_kernel(), call, count, p);
     auto value = at::empty({}, p.options().dtype(loss_dtype(p, q)));
     value.fill_(scale * weighted_sum(w, s + D::kLossStat, D::kStatSize, count));

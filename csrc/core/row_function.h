@@ -57,9 +57,9 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     return op.call(v, grad, x, constant..., stat, options..., mask);
   }
   static Tensors3 value_and_grad(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options,
-                                 double scale) {
+                                 double scale, double incoming) {
     static const auto op = typed_op<decltype(value_and_grad)>(operator_name("_value_and_grad").c_str());
-    return op.call(x, constant..., row_weight, options..., scale);
+    return op.call(x, constant..., row_weight, options..., scale, incoming);
   }
 
   // -- CPU ----------------------------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   }
 
   static Tensors3 value_and_grad_cpu(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options,
-                                     double scale) {
+                                     double scale, double incoming) {
     auto gradient = empty_like_large(x);
-    auto [loss, stat] = value_and_grad_into(gradient, x, constant..., row_weight, options..., scale);
+    auto [loss, stat] = value_and_grad_into(gradient, x, constant..., row_weight, options..., scale, incoming);
     return {std::move(loss), std::move(stat), std::move(gradient)};
   }
 
@@ -128,7 +128,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
             mask[1] ? at::empty_like(x) : nothing_like(x)};
   }
   static Tensors3 value_and_grad_meta(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options,
-                                      double) {
+                                      double, double) {
     auto [loss, stat] = rows_meta(x, constant..., row_weight, options...);
     return {at::empty({}, loss.options()), std::move(stat), at::empty_like(x)};
   }
@@ -220,29 +220,38 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     static constexpr bool is_traceable = true;
 
     static variable_list forward(AutogradContext* ctx, const Variable& x, C... constant,
-                                 const OptionalTensor& row_weight, O... options, double scale) {
-      auto [loss, stat, gradient] = value_and_grad(x, constant..., row_weight, options..., scale);
+                                 const OptionalTensor& row_weight, O... options, double scale, double incoming) {
+      auto [loss, stat, gradient] = value_and_grad(x, constant..., row_weight, options..., scale, incoming);
       ctx->save_for_backward({x, stat, gradient, row_weight.value_or(Tensor()), constant...});
       Options::pack(ctx, options...);
       ctx->saved_data["scale"] = scale;
+      ctx->saved_data["incoming"] = incoming;
       ctx->mark_non_differentiable({stat, gradient});
       ctx->set_materialize_grads(false);  // as in row_divergence.h
       return {loss, stat, gradient};
     }
     static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
-      variable_list result(3 + kConstants + sizeof...(O));
+      variable_list result(4 + kConstants + sizeof...(O));
       const auto& g = incoming[0];
       if (!g.defined()) return result;
       auto s = ctx->get_saved_variables();
+      const double scale = ctx->saved_data["scale"].toDouble();
       if (at::GradMode::is_enabled() || at::isTensorSubclassLike(g) || at::areAnyTensorSubclassLike(s)) {
-        const auto each =
-            (g * ctx->saved_data["scale"].toDouble()).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
+        const auto each = (g * scale).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
         result[0] = with_all(ctx, s, 4, [&](auto call) { return call(weighted(each, s[3]), s[0], s[1]); });
         return result;
       }
       Tensor gradient = std::move(s[2]);
-      s.clear();
-      result[0] = hand_over(std::move(gradient), g);
+      s[2] = Tensor();
+      result[0] = hand_over(
+          std::move(gradient), ctx->saved_data["incoming"].toDouble(), g.item().toDouble(), expected_gradient(),
+          [&](double needed) {
+            return Options::with(ctx, [&](O... options) {
+              return with_constants(s, 4, [&](const auto&... constant) {
+                return std::get<2>(value_and_grad(s[0], constant..., if_defined(s[3]), options..., scale, needed));
+              });
+            });
+          });
       return result;
     }
     static variable_list jvp(AutogradContext*, const variable_list&, const variable_list&) {
@@ -265,8 +274,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     return double_backward(v, grad, x, constant..., stat, options..., mask);
   }
   static Tensors3 value_and_grad_autograd(const Tensor& x, C... constant, const OptionalTensor& row_weight,
-                                          O... options, double scale) {
-    auto v = apply<ValueAndGradient>(x, constant..., row_weight, options..., scale);
+                                          O... options, double scale, double incoming) {
+    auto v = apply<ValueAndGradient>(x, constant..., row_weight, options..., scale, incoming);
     return {v[0], v[1], v[2]};
   }
 
@@ -278,7 +287,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
       // By the rules of RowDivergence::loss.
       if (reduction.reduces() && at::GradMode::is_enabled() && x.requires_grad() && !is_half(x) && is_plain_eager(x) &&
           (is_plain_eager(constant) && ...) && plain(reduction.weight()) && plain(reduction.normalizer()))
-        return std::get<0>(value_and_grad(x, constant..., reduction.weight(), options..., reduction.scale()));
+        return std::get<0>(value_and_grad(x, constant..., reduction.weight(), options..., reduction.scale(),
+                                          expected_gradient().next(x)));
     }
     return reduction(std::get<0>(rows(x, constant..., reduction.weight(), options...)));
   }
@@ -312,7 +322,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
             each);
       };
     } else {
-      std::tie(value, stat) = value_and_grad_into(x, x, constant..., weight, options..., scale);
+      std::tie(value, stat) = value_and_grad_into(x, x, constant..., weight, options..., scale, 1);
       finish = scale_gradient_;
     }
     return attach_inplace_gradient(L::name, std::move(value), input, beside, Tensor(), std::move(finish));
@@ -333,7 +343,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     def("_double_backward", "Tensor gg, Tensor grad, Tensor input", "Tensor stat",
         ", bool[2] mask) -> (Tensor, Tensor)");
     if constexpr (kStoresGradient)
-      def("_value_and_grad", "Tensor input", "Tensor? row_weight", ", float scale) -> (Tensor, Tensor, Tensor)");
+      def("_value_and_grad", "Tensor input", "Tensor? row_weight",
+          ", float scale, float incoming) -> (Tensor, Tensor, Tensor)");
   }
   static void register_cpu(torch::Library& m) {
     m.impl(private_name("").c_str(), &rows_cpu);
@@ -357,6 +368,10 @@ class RowFunction<L, Types<C...>, Types<O...>> {
  private:
   static constexpr bool kStoresGradient = requires { L::value_and_grad_kernel(); };
 
+  static ExpectedGradient& expected_gradient() {
+    static ExpectedGradient expected;
+    return expected;
+  }
   static std::string private_name(const char* suffix) { return std::string("_") + L::op + suffix; }
   static std::string operator_name(const char* suffix) { return "torch_divergence::" + private_name(suffix); }
 
@@ -385,7 +400,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   }
   // loss and stat of one visit that leaves the gradient in `gradient`, which may be the storage of x.
   static Tensors2 value_and_grad_into(const Tensor& gradient, const Tensor& x, C... constant,
-                                      const OptionalTensor& row_weight, O... options, double scale) {
+                                      const OptionalTensor& row_weight, O... options, double scale, double incoming) {
     const auto weight = checked_weight(L::name, row_weight);
     auto stat = empty_stat(x, L::kStatSize);
     const int64_t count = row_count(x);
@@ -393,7 +408,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     double* const s = stat.template mutable_data_ptr<double>();
     with_checked(
         [&](const auto&... ready) {
-          const SingleRowValueAndGrad<Rows> call{L::rows(x, ready..., options...), w, scale, s, rows_out(gradient)};
+          const SingleRowValueAndGrad<Rows> call{L::rows(x, ready..., options...), w, scale * incoming, s,
+                                                 rows_out(gradient)};
           run(L::value_and_grad_kernel(), call, count);
         },
         x, w, constant...);

@@ -34,7 +34,7 @@ struct RowPairBackward {
   const double* stat;
   RowsOut grad_p, grad_q;
 };
-// Forward and one gradient in a row's one visit to memory. grad may be the storage of its own side. Not for half types.
+// Forward and one gradient in a row's one visit to memory. grad may be the storage of its own side.
 template <class Rows>
 struct RowPairValueAndGrad {
   Rows rows;

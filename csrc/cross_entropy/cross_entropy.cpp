@@ -28,6 +28,7 @@ struct DistributionOps {
   static constexpr const char* kValueAndGradientNode = "CrossEntropyValueAndGradBackward";
   using Rows = CrossEntropyRows;
   static constexpr int kStatSize = CrossEntropyStat::kSize, kLossStat = CrossEntropyStat::kLoss;
+  static constexpr bool kStoresHalf = false;
 
   static Rows rows(const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space, double temperature,
                    double smoothing) {

@@ -59,6 +59,7 @@ struct JsDivOps {
   static constexpr const char* kValueAndGradientNode = "JsDivValueAndGradBackward";
   using Rows = JsDivRows;
   static constexpr int kStatSize = JsDivStat::kSize, kLossStat = JsDivStat::kJs;
+  static constexpr bool kStoresHalf = false;
 
   static Rows rows(const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space, double temperature, double beta,
                    bool scaled) {

@@ -22,6 +22,7 @@ struct KlDivOps {
   static constexpr const char* kValueAndGradientNode = "KlDivValueAndGradBackward";
   using Rows = RowPair;
   static constexpr int kStatSize = KlDivStat::kSize, kLossStat = KlDivStat::kKl;
+  static constexpr bool kStoresHalf = true;
 
   static Rows rows(const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space, double temperature) {
     return {rows_in(p), rows_in(q), static_cast<int>(p_space), static_cast<int>(q_space), p.size(-1), temperature};

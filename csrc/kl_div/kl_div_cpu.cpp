@@ -373,12 +373,12 @@ void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
   });
 }
 
-// kQ: the gradient of Q, else that of P; its side has type A.
+// kQ: the gradient of Q, else that of P.
 // Until the form of the row is known, what its gradient needs waits in `aside`: grad itself, unless that is an input's
-// row.
+// row or of a half type.
 template <class A, bool kQ, class TP, class TQ>
-void value_and_grad_row(const TP* p, const TQ* q, A* grad, A* aside, int64_t classes, double t, double coefficient,
-                        ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
+void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>* grad, A* aside, int64_t classes,
+                        double t, double coefficient, ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
   KlDivCentred centred;
   const double inv_t = inverse_temperature<A>(t);
   stat = logits_row < A, kQ ? 1 : 2 > (p, q, classes, t, columns, kept, aside, centred);
@@ -432,33 +432,28 @@ void value_and_grad_row(const TP* p, const TQ* q, A* grad, A* aside, int64_t cla
   };
   const auto peak =
       merged_segments<Peak>(classes, columns, write, [](Peak& total, const Peak& part) { total.merge(part); });
-  if (peak.at >= 0) grad[peak.at] = static_cast<A>(-(kQ ? peak.others_q : peak.others_p));
+  if (peak.at >= 0)
+    grad[peak.at] = static_cast<std::conditional_t<kQ, TQ, TP>>(static_cast<A>(-(kQ ? peak.others_q : peak.others_p)));
 }
 
-template <class A, class TP, class TQ>
+template <class A, bool kQ, class TP, class TQ>
 void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  using G = std::conditional_t<kQ, TQ, TP>;
   const int64_t n = k.rows.classes;
-  const bool over_input = k.grad.data == (k.wrt_q ? k.rows.q : k.rows.p).data;
-  const Scratch<A> scratch(n, over_input);
+  const bool apart = !std::is_same_v<G, A> || k.grad.data == (kQ ? k.rows.q : k.rows.p).data;
+  const Scratch<A> scratch(n, apart);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
   RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* grad = static_cast<A*>(y[0]);
+    auto* const grad = static_cast<G*>(y[0]);
     const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
     KlDivStat stat{};
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
-      A* const aside = over_input ? scratch.exps.get() + n : grad;
-      const Kept<A> kept = scratch.kept(k.wrt_q ? aside : nullptr);
-      const auto* p = static_cast<const TP*>(x[0]);
-      const auto* q = static_cast<const TQ*>(x[1]);
-      if constexpr (std::is_same_v<TQ, A>)
-        if (k.wrt_q)
-          value_and_grad_row<A, true>(p, q, grad, aside, n, k.rows.temperature, coefficient, columns, kept, stat);
-      if constexpr (std::is_same_v<TP, A>)
-        if (!k.wrt_q)
-          value_and_grad_row<A, false>(p, q, grad, aside, n, k.rows.temperature, coefficient, columns, kept, stat);
+      A* const aside = apart ? scratch.exps.get() + n : static_cast<A*>(y[0]);
+      value_and_grad_row<A, kQ>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), grad, aside, n,
+                                k.rows.temperature, coefficient, columns, scratch.kept(kQ ? aside : nullptr), stat);
     }
     stat.store(k.stat + KlDivStat::kSize * i);
   });
@@ -684,8 +679,10 @@ void kl_div_backward(const KlDivBackward& k, int64_t begin, int64_t end, ForEach
 
 void kl_div_value_and_grad(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (!k.rows.from_logits()) return value_and_grad_any(k, begin, end, columns);
-  dispatch_types(k.rows,
-                 [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+    (k.wrt_q ? value_and_grad_logits<A, true, TP, TQ> : value_and_grad_logits<A, false, TP, TQ>)(k, begin, end,
+                                                                                                 columns);
+  });
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {

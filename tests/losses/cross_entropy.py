@@ -239,7 +239,7 @@ def label_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterator[
         yield Operator("_cross_entropy_labels_backward", (grad, x, labels, stat, *static))
         for mask in product((False, True), repeat=2):
             yield Operator("_cross_entropy_labels_double_backward", (v, grad, x, labels, stat, *static, list(mask)))
-        yield Operator("_cross_entropy_labels_value_and_grad", (x, labels, weight, *static, 0.25))
+        yield Operator("_cross_entropy_labels_value_and_grad", (x, labels, weight, *static, 0.25, 2.0))
 
 
 def ce_json_case(case: dict[str, Any]) -> JsonCase:

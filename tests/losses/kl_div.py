@@ -219,6 +219,7 @@ def kl_json_case(case: dict[str, Any]) -> JsonCase:
 KL_DIV = Loss(
     name="kl_div",
     module="KLDivLoss",
+    stores_half=True,
     rows=kl_rows,
     exact=kl_exact,
     mp_row=kl_mp_row,
