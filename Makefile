@@ -18,7 +18,7 @@ CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test compat sanitize bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test compat compat-quick sanitize bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
@@ -27,7 +27,7 @@ help:
 	@echo "make test-cuda  the CUDA kernels, on an emulated GPU"
 	@echo "make lint       formatting, ruff, mypy        make format    format everything"
 	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make compat     compile with the headers of every supported torch"
+	@echo "make compat     compile with the headers of every supported torch (compat-quick: the oldest, core/ only)"
 	@echo "make bench      benchmarks                    make tidy      clang-tidy"
 	@echo "make mutants    break the CUDA kernels on purpose: every seeded bug must be caught"
 	@echo "make clean      remove what was built; .venv stays"
@@ -152,14 +152,16 @@ install-test: build
 	  assert td.__file__.startswith('$(INSTALL)'), td.__file__; \
 	  td.kl_div(torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)).backward()"
 
-compat: build/configured
+compat compat-quick: build/configured
 	$(call say,headers of other versions of torch)
-	python .ci/torch_headers.py build/compile_commands.json .venv/torch-headers
+	python .ci/torch_headers.py build/compile_commands.json .venv/torch-headers $(if $(filter compat-quick,$@),--quick)
 
 # The kernels stay optimised enough to be quick; asserts are on. Leaks are looked for in C++ only: Python has its own.
+# Of the instruction sets it is AVX2 that is looked at (cmake/CpuKernels.cmake).
+sanitize: export ATEN_CPU_CAPABILITY := $(if $(shell grep -m1 -w avx2 /proc/cpuinfo),avx2,default)
 sanitize: $(STAMPS)/venv
 	$(call say,build with sanitizers)
-	$(CONFIGURE) -B build-sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DTD_SANITIZE=address,undefined
+	$(CONFIGURE) -B build-sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DTD_SANITIZE=address,undefined
 	cmake --build build-sanitize --parallel $(JOBS)
 	$(call say,C++ tests with sanitizers)
 	ctest --test-dir build-sanitize --output-on-failure --no-tests=error -j $(JOBS)

@@ -36,6 +36,10 @@ function(td_add_cpu_kernels library)
                                               -fno-trapping-math -Wno-psabi ${TD_FLAGS_${capability}}
                            # GCC takes the undefined lanes of its own AVX-512 intrinsics for uninitialised ones.
                            $<$<AND:$<CXX_COMPILER_ID:GNU>,$<STREQUAL:${capability},AVX512>>:-Wno-maybe-uninitialized -Wno-uninitialized>)
+    # The three are one source: sanitizers look at one, or their build takes an hour of processor time.
+    if(AVX2 IN_LIST TD_CPU_CAPABILITIES AND NOT capability STREQUAL AVX2)
+      set_target_properties(${objects} PROPERTIES TD_UNSANITIZED ON)
+    endif()
     target_link_libraries(${objects} PRIVATE LibTorch::cpu td_options)
     target_sources(${library} PRIVATE $<TARGET_OBJECTS:${objects}>)
     target_sources(${library}_cpu_kernels INTERFACE $<TARGET_OBJECTS:${objects}>)
