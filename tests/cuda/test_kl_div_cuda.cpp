@@ -432,7 +432,7 @@ void check_all(const Case& c, const Problem& in) {
     ASSERT_NO_FATAL_FAILURE(expect_rows(alone_p, i, e.grad_p, g, of_p, "grad_p alone"));
     ASSERT_NO_FATAL_FAILURE(expect_rows(alone_q, i, e.grad_q, g, of_q, "grad_q alone"));
     if (std::isnan(e.kl) || std::isinf(e.kl)) continue;
-    const Real second = in.is_double() ? 1e-10L : 2e-5L;
+    const Real second = in.is_double() ? 1e-11L : 2e-6L;
     ASSERT_NO_FATAL_FAILURE(expect_rows(d_p, i, e.d_p, g, std::fabs(g) * second * largest(e.d_p), "d_p"));
     ASSERT_NO_FATAL_FAILURE(expect_rows(d_q, i, e.d_q, g, std::fabs(g) * second * largest(e.d_q), "d_q"));
     // A sum of terms of both signs.
@@ -534,7 +534,7 @@ const Case kCases[] = {
      .rows = 2,
      .classes = 67,
      .kl = 0.1,
-     .size = 6,
+     .size = 12,
      .p = {1, 3},
      .q = {200, 2},
      .grad_p = {1, 3},
