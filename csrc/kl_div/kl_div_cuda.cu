@@ -305,10 +305,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
              infinite = std::isinf(stat.kl);
   const Exp<A> exp(inv);
   const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
-  const auto factor_of = [&](const Split<A>& lse) {
-    return static_cast<A>(std::exp(-static_cast<double>(lse.lo) * inv));
-  };
-  const A factor_p = factor_of(lse_p);
   // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
   // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
   if (want_p && !near && !infinite) {
@@ -321,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
         rows.load(pieces, piece, t, s);
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          const A x = exp(t[i] - lse_p.hi) * factor_p;
+          const A x = exp(t[i] - lse_p.hi);  // without its factor: an error's digits are not needed
           part += x == 0 ? 0 : x * difference_minus(t[i], s[i], centre);
         }
         sum.add(part);
@@ -334,8 +330,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
   Peak peak;
   const auto part = [&] {
     const Split<A> centre(stat.mean, stat.mean_lo);
-    const A factor_q = factor_of(lse_q), c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv),
-            kl = static_cast<A>(stat.kl);
+    const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
+            factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
+            c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
     int64_t at = -1;
     Sum<A> others_p, others_q;
     task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
@@ -407,56 +404,46 @@ __device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
 }
 
 // One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
-template <class A>
 struct Side {
   int space;
-  A inv_t, log_lo, factor, padding;
-  Split<A> lse;
-  Exp<A> exp;
+  double inv_t, lse, log_lo, factor, padding;
 
   __device__ Side(int space_, double inv_t_, double lse_, double lse_lo)
       : space(space_),
-        inv_t(static_cast<A>(inv_t_)),
-        log_lo(0),
-        factor(1),
-        padding(space_ == kProbs ? A(0) : -kInf<A>),
-        lse(lse_, lse_lo),
-        exp(space_ == kLogits ? inv_t_ : 1) {
-    log_lo = static_cast<A>(static_cast<double>(lse.lo) * inv_t_);
-    factor = static_cast<A>(std::exp(-static_cast<double>(lse.lo) * inv_t_));
-  }
-  __device__ void read(A v, A& prob, A& log_prob) const {
+        inv_t(inv_t_),
+        lse(lse_),
+        log_lo(lse_lo * inv_t_),
+        factor(std::exp(-log_lo)),
+        padding(space_ == kProbs ? 0 : -kInf<double>) {}
+  __device__ void read(double v, double& prob, double& log_prob) const {
     if (space == kProbs) {
       prob = v, log_prob = std::log(v);
     } else if (space == kLogits) {
-      const A above = v - lse.hi;
-      log_prob = above * inv_t - log_lo, prob = exp(above) * factor;
+      const double above = (v - lse) * inv_t;
+      log_prob = above - log_lo, prob = std::exp(above) * factor;
     } else {
-      log_prob = v, prob = exp(v);
+      log_prob = v, prob = std::exp(v);
     }
   }
 };
 
 // log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
-template <class A>
-__device__ A log_ratio(bool both_probs, A p, A q, A log_p, A log_q) {
+__device__ double log_ratio(bool both_probs, double p, double q, double log_p, double log_q) {
   if (!both_probs) return log_p - log_q;
-  if (p < 0 || q < 0) return std::numeric_limits<A>::quiet_NaN();
-  const A relative = (p - q) / q, ratio = p / q;
-  if (std::fabs(relative) < A(0.5)) return std::log1p(relative);
-  constexpr A kBig = A(1e30);
+  if (p < 0 || q < 0) return std::numeric_limits<double>::quiet_NaN();
+  const double relative = (p - q) / q, ratio = p / q;
+  if (std::fabs(relative) < 0.5) return std::log1p(relative);
+  constexpr double kBig = 1e30;
   return ratio > 1 / kBig && ratio < kBig ? std::log(ratio) : log_p - log_q;
 }
 
 // Gradient of KL with respect to each side's entries, before the row's coefficient. l_kl = l - KL.
-template <class A>
-__device__ A gradient_p(const Side<A>& side, bool infinite, A p, A l, A l_kl) {
+__device__ double gradient_p(const Side& side, bool infinite, double p, double l, double l_kl) {
   if (p == 0 || (side.space == kLogits && infinite)) return 0;
   if (side.space == kLogits) return p * l_kl * side.inv_t;
   return side.space == kProbs ? l + 1 : p * (l + 1);
 }
-template <class A>
-__device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
+__device__ double gradient_q(const Side& side, double mass, double p, double q) {
   if (side.space == kLogits) return (q * mass - p) * side.inv_t;
   if (side.space == kLogProbs) return -p;
   return p == 0 ? 0 : -p / q;
@@ -465,21 +452,20 @@ __device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
 // Both rows, by class: T is AnyFloat or double.
 template <class T>
 struct AnyRows {
-  using A = double;
   static constexpr int K = kPiece<T>;
   RowPointer<const char> p, q;
 
   // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
   template <class F>
-  __device__ void for_classes(const Pieces& pieces, const Piece<T>& piece, const Side<A>& p_side, const Side<A>& q_side,
+  __device__ void for_classes(const Pieces& pieces, const Piece<T>& piece, const Side& p_side, const Side& q_side,
                               const F& f) const {
-    A t[K], s[K];
+    double t[K], s[K];
     load_piece(p, pieces, piece, p_side.padding, t);
     load_piece(q, pieces, piece, q_side.padding, s);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      A x, log_x, y, log_y;
+      double x, log_x, y, log_y;
       p_side.read(t[k], x, log_x);
       q_side.read(s[k], y, log_y);
       f(x, y, log_x, log_y, log_ratio(both_probs, x, y, log_x, log_y), k);
@@ -491,7 +477,6 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  using A = typename Rows::A;
   constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
@@ -506,40 +491,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       if (k.rows.p_space == kLogits) logits = rows.p;
       Lse lse;
       const auto part = [&] {
-        const Exp<A> exp(inv);
-        A max = -kInf<A>;
-        Sum<A> sum;
+        const Exp<double> exp(inv);
+        double max = -kInf<double>;
+        Sum<double> sum;
         task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-          A v[K];
-          load_piece(logits, pieces, piece, -kInf<A>, v);
-          A top = max;
+          double v[K];
+          load_piece(logits, pieces, piece, -kInf<double>, v);
+          double top = max;
 #pragma unroll
           for (int i = 0; i < K; ++i) top = v[i] > top ? v[i] : top;
           if (top > max) sum *= exp(max - top), max = top;
-          A part_sum = 0;
+          double part_sum = 0;
 #pragma unroll
-          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<A> ? 0 : exp(v[i] - max);
+          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<double> ? 0 : exp(v[i] - max);
           sum.add(part_sum);
         });
-        return Lse{static_cast<double>(max), sum.value()};
+        return Lse{max, sum.value()};
       };
       if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
       const double value = lse.finish(1 / inv, stat.mean_lo);
       (k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q) = value;
     }
-    const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+    const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
         q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
     Sums<2> sums;
     const auto part = [&] {
-      Sum<A> kl, mass;
+      Sum<double> kl, mass;
       task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-        A kl_part = 0, mass_part = 0;
-        rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A, A log_x, A log_y, A l, int) {
+        double kl_part = 0, mass_part = 0;
+        const auto add = [&](double x, double, double log_x, double log_y, double l, int) {
           // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
-          const A absent = log_x > -kInf<A> && log_y == -kInf<A> ? kInf<A> : std::isnan(log_y) ? log_y : A(0);
+          double absent = std::isnan(log_y) ? log_y : 0;
+          if (log_x > -kInf<double> && log_y == -kInf<double>) absent = kInf<double>;
           kl_part += x == 0 ? absent : x * l;
           mass_part += x;
-        });
+        };
+        rows.for_classes(pieces, piece, p_side, q_side, add);
         kl.add(kl_part), mass.add(mass_part);
       });
       return Sums<2>{{kl.value(), mass.value()}};
@@ -554,7 +541,6 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_any(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  using A = typename Rows::A;
   constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
@@ -569,13 +555,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const double inv = 1 / k.rows.temperature;
-  const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+  const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
       q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
-  const A c = static_cast<A>(coefficient), kl = static_cast<A>(stat.kl), mass = static_cast<A>(stat.mean);
+  const double c = coefficient, kl = stat.kl, mass = stat.mean;
   const bool infinite = std::isinf(stat.kl);
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    A g_p[K], g_q[K];
-    rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A y, A, A, A l, int i) {
+    double g_p[K], g_q[K];
+    rows.for_classes(pieces, piece, p_side, q_side, [&](double x, double y, double, double, double l, int i) {
       g_p[i] = c * gradient_p(p_side, infinite, x, l, l - kl);
       g_q[i] = c * gradient_q(q_side, mass, x, y);
     });
@@ -592,7 +578,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     double_backward(const KlDivDoubleBackward k, const RowGrid grid, double* workspace, int launch) {
-  using A = double;
   constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
@@ -602,38 +587,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
-  const A inv_t = both_logits ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature,
-          coefficient = k.coefficient[task.row];
+  const double inv_t = both_logits ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature,
+               coefficient = k.coefficient[task.row];
   const double rest = both_logits ? 0 : stat.mean_lo;
-  Side<A> p_side(k.rows.p_space, inv_t, stat.lse_p, rest), q_side(k.rows.q_space, inv_t, stat.lse_q, rest);
-  const Split<A> centre(stat.mean, stat.mean_lo);
-  const A kl = stat.kl, mass = both_logits ? A(1) : stat.mean;
+  Side p_side(k.rows.p_space, inv_t, stat.lse_p, rest), q_side(k.rows.q_space, inv_t, stat.lse_q, rest);
+  const Split<double> centre(stat.mean, stat.mean_lo);
+  const double kl = stat.kl, mass = both_logits ? 1 : stat.mean;
 
-  A off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
-  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
+  double off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
+  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for double) for the classes of a piece.
   const auto for_classes = [&](const Piece<T>& piece, const auto& f) {
-    A t[K], s[K], a[K] = {}, b[K] = {};
+    double t[K], s[K], a[K] = {}, b[K] = {};
     load_piece(row_p, pieces, piece, p_side.padding, t);
     load_piece(row_q, pieces, piece, q_side.padding, s);
-    if (v_p.data != nullptr) load_piece(v_p, pieces, piece, A(0), a);
-    if (v_q.data != nullptr) load_piece(v_q, pieces, piece, A(0), b);
+    if (v_p.data != nullptr) load_piece(v_p, pieces, piece, 0.0, a);
+    if (v_q.data != nullptr) load_piece(v_q, pieces, piece, 0.0, b);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      A x, log_x, y, log_y;
+      double x, log_x, y, log_y;
       p_side.read(t[i], x, log_x);
       q_side.read(s[i], y, log_y);
       // From logits l - KL = u, from the exact difference.
-      const A l = log_ratio(both_probs, x, y, log_x, log_y),
-              u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
-      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<A>);
+      const double l = log_ratio(both_probs, x, y, log_x, log_y),
+                   u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
+      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<double>);
     }
   };
   Sums<5> means;
   const auto part_means = [&] {
     Sums<5> sums;
     task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int, bool) {
+      for_classes(piece, [&](double p, double q, double, double u, double a, double b, int, bool) {
         sums.x[0] += p_side.space == kProbs ? a : p * a;
         sums.x[1] += q_side.space == kProbs ? b : q * b;
         sums.x[2] += p == 0 ? 0 : p * u;
@@ -643,7 +628,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return sums;
   };
   if (!task.reduce(0, means, part_means, [&](const auto& x) { return merged(task.team, x); })) return;
-  A mean_p = means.x[0], mean_q = means.x[1];
+  double mean_p = means.x[0], mean_q = means.x[1];
   if (both_logits) {
     // The forward summed in less than double: a row with all of its mass on one class, where 1 - p is all that counts,
     // would show it.
@@ -655,9 +640,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto part_dots = [&] {
     Sums<2> sums;
     task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-      for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int, bool) {
-        A g_q = gradient_q(q_side, mass, p, q);
-        if (both_logits && std::fabs(l) < A(0.5)) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
+      for_classes(piece, [&](double p, double q, double l, double u, double a, double b, int, bool) {
+        double g_q = gradient_q(q_side, mass, p, q);
+        if (both_logits && std::fabs(l) < 0.5) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
         sums.x[0] += a == 0 ? 0 : a * gradient_p(p_side, infinite, p, l, u);
         sums.x[1] += b == 0 ? 0 : b * g_q;
       });
@@ -672,16 +657,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   if (d_p.data == nullptr && d_q.data == nullptr) return;
-  const A c = coefficient, kl_dot = dots.x[0] + dots.x[1], mass_dot = p_side.space == kLogits ? A(0) : mean_p;
+  const double c = coefficient, kl_dot = dots.x[0] + dots.x[1], mass_dot = p_side.space == kLogits ? 0 : mean_p;
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    A h_p[K], h_q[K];
-    for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i, bool none_q) {
-      A log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
+    double h_p[K], h_q[K];
+    for_classes(piece, [&](double p, double q, double l, double u, double a, double b, int i, bool none_q) {
+      double log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
       if (p == 0) log_p_dot = 0;
-      const A p_dot = p_side.space == kProbs ? a : p * log_p_dot;
-      A log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
+      const double p_dot = p_side.space == kProbs ? a : p * log_p_dot;
+      double log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
       if (none_q) log_q_dot = 0;
-      const A l_dot = log_p_dot - log_q_dot;
+      const double l_dot = log_p_dot - log_q_dot;
       if (p == 0 || (p_side.space == kLogits && infinite)) {
         h_p[i] = 0;
       } else if (p_side.space == kLogits) {
@@ -694,7 +679,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else if (q_side.space == kLogProbs) {
         h_q[i] = c * -p_dot;
       } else {
-        h_q[i] = none_q ? c * A(0) : c * ((p * log_q_dot - p_dot) / q);
+        h_q[i] = none_q ? c * 0 : c * ((p * log_q_dot - p_dot) / q);
       }
     });
     if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
