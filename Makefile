@@ -41,7 +41,7 @@ demo: build
 	python -m torch_divergence --picture build/comparison.png
 	@echo; echo "more: examples/python/policy_optimization.py (TRPO and PPO)"
 
-test: lint ctest pytest pytest-capabilities install-test
+test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ mypy: $(STAMPS)/venv
 
 ctest: build
 	$(call say,C++ tests$(,) for each instruction set)
-	ctest --test-dir build --output-on-failure --no-tests=error -j $(JOBS)
+	ctest --test-dir build --output-on-failure --no-tests=error -LE cuda -j $(JOBS)
 
 pytest: build
 	$(call say,Python tests and doctests)
@@ -112,7 +112,7 @@ EMULATED_TESTS := test_reference_file or test_mpmath or test_dtypes or peaked or
   test_first_order or test_derivatives_at_masks or test_mixed_dtypes or test_hessian or test_through_weights
 test-cuda: build
 	$(call say,CUDA kernels on an emulated device)
-	ctest --test-dir build --output-on-failure --no-tests=error -L cuda
+	ctest --test-dir build --output-on-failure --no-tests=error -L cuda -j $(JOBS)
 	cmake --build build --parallel $(JOBS) --target torch_divergence_emulated
 	rm -rf $(EMULATED) && mkdir -p $(EMULATED)/torch_divergence/lib
 	cp -r $(PACKAGE)/*.py $(PACKAGE)/functional $(PACKAGE)/modules $(EMULATED)/torch_divergence
@@ -122,7 +122,8 @@ test-cuda: build
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
 	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
 
-# docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc.
+# docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
+# cuobjdump); the last needs g++ only.
 test-ptx: $(STAMPS)/venv
 	$(call say,CUDA kernels as nvcc compiles them$(,) interpreted)
 	pytest -q tests/cuda/ptx

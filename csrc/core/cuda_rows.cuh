@@ -60,12 +60,17 @@ struct Team {
 
 // -- Rows in pieces -------------------------------------------------------------------------------------------------
 
-// How many classes of type T a thread takes at once: 16 bytes of a half type.
-template <class T>
-inline constexpr int kPiece = std::is_same_v<T, double> ? 4 : 8;
-
 // A type that is known when the kernel runs: float, Half or BFloat16.
 struct AnyFloat {};
+
+// How many classes of type T a thread takes at once.
+template <class T>
+inline constexpr int kPiece = std::is_same_v<T, double> ? 4 : 8;
+// How many of them are neighbours: 16 bytes, so that a warp's 128-bit accesses lie side by side.
+template <class T>
+inline constexpr int kRun = std::is_same_v<T, double>  ? 2
+                            : std::is_same_v<T, float> ? 4
+                                                       : 8;
 
 // 16 bytes of T in memory, as values of A. __ldg and __stwb because nvcc splits plain 128-bit accesses.
 template <class T>
@@ -156,7 +161,16 @@ struct RowPointer {
   }
 };
 
-// Where the pieces of a row lie: piece g is [g K - lead, (g + 1) K - lead), cut to [0, classes). lead aligns as many
+// What a thread takes at once: kPiece<T> classes in runs of kRun<T>, of which some may lie outside of the row.
+template <class T>
+struct Piece {
+  int64_t first;
+  int gap;  // from a run to the next
+
+  __device__ int64_t at(int k) const { return first + k / kRun<T> * gap + k % kRun<T>; }
+};
+
+// The row's classes as its pieces see them: runs begin at multiples of their length, less lead, which aligns as many
 // operands as agree; the others, and strided ones, are read entry by entry.
 struct Pieces {
   int64_t classes;
@@ -171,44 +185,53 @@ struct Pieces {
     (look(operands), ...);
     (operands.align(lead), ...);
   }
-  template <int K>
-  __device__ int64_t count() const {
-    return (lead + classes + K - 1) / K;
+  // The piece of a thread whose run is number `run`, where runs of a piece are `size` apart.
+  template <class T>
+  __device__ Piece<T> piece(int64_t run, int size) const {
+    return {run * kRun<T> - lead, size * kRun<T>};
   }
 };
 
-template <class T, class A, int K>
-__device__ __forceinline__ void load_piece(const RowPointer<const char>& row, const Pieces& pieces, int64_t piece,
-                                           A fill, A (&x)[K]) {
-  const int64_t at = piece * K - pieces.lead;
+template <class T, class A>
+__device__ __forceinline__ void load_piece(const RowPointer<const char>& row, const Pieces& pieces,
+                                           const Piece<T>& piece, A fill, A (&x)[kPiece<T>]) {
+  constexpr int R = kRun<T>;
   with_type<T>(row.type, [&](auto zero) {
     using Entry = decltype(zero);
     const Entry* const data = reinterpret_cast<const Entry*>(row.data);
-    if (row.packed && at >= 0 && at + K <= pieces.classes) {
 #pragma unroll
-      for (int k = 0; k < K; k += Pack<Entry>::kSize) Pack<Entry>::load(data + at + k, x + k);
-    } else {
+    for (int r = 0; r < kPiece<T>; r += R) {
+      const int64_t at = piece.at(r);
+      if (row.packed && at >= 0 && at + R <= pieces.classes) {
 #pragma unroll
-      for (int k = 0; k < K; ++k)
-        x[k] = at + k >= 0 && at + k < pieces.classes ? static_cast<A>(data[(at + k) * row.stride]) : fill;
+        for (int k = 0; k < R; k += Pack<Entry>::kSize) Pack<Entry>::load(data + at + k, x + r + k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < R; ++k)
+          x[r + k] = at + k >= 0 && at + k < pieces.classes ? static_cast<A>(data[(at + k) * row.stride]) : fill;
+      }
     }
   });
 }
 
-template <class T, class A, int K>
-__device__ __forceinline__ void store_piece(const RowPointer<char>& row, const Pieces& pieces, int64_t piece,
-                                            const A (&x)[K]) {
-  const int64_t at = piece * K - pieces.lead;
+template <class T, class A>
+__device__ __forceinline__ void store_piece(const RowPointer<char>& row, const Pieces& pieces, const Piece<T>& piece,
+                                            const A (&x)[kPiece<T>]) {
+  constexpr int R = kRun<T>;
   with_type<T>(row.type, [&](auto zero) {
     using Entry = decltype(zero);
     Entry* const data = reinterpret_cast<Entry*>(row.data);
-    if (row.packed && at >= 0 && at + K <= pieces.classes) {
 #pragma unroll
-      for (int k = 0; k < K; k += Pack<Entry>::kSize) Pack<Entry>::store(data + at + k, x + k);
-    } else {
+    for (int r = 0; r < kPiece<T>; r += R) {
+      const int64_t at = piece.at(r);
+      if (row.packed && at >= 0 && at + R <= pieces.classes) {
 #pragma unroll
-      for (int k = 0; k < K; ++k)
-        if (at + k >= 0 && at + k < pieces.classes) data[(at + k) * row.stride] = static_cast<Entry>(x[k]);
+        for (int k = 0; k < R; k += Pack<Entry>::kSize) Pack<Entry>::store(data + at + k, x + r + k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < R; ++k)
+          if (at + k >= 0 && at + k < pieces.classes) data[(at + k) * row.stride] = static_cast<Entry>(x[r + k]);
+      }
     }
   });
 }
@@ -276,11 +299,14 @@ class RowTask {
   __device__ bool writes() const { return team.rank == 0 && segment_ == 0; }
 
   // f(piece) for this thread's pieces of the row, or of the team's segment of it.
-  template <int K, class F>
+  template <class T, class F>
   __device__ __forceinline__ void for_pieces(const Pieces& pieces, const F& f) const {
-    const int64_t all = pieces.count<K>(), per = segments_ == 1 ? all : segment_classes_ / K;
+    constexpr int R = kRun<T>;
+    static_assert(RowGrid::kSegment % (kThreads * kPiece<T>) == 0, "a segment ends where a piece's last run does");
+    const int64_t all = (pieces.lead + pieces.classes + R - 1) / R, per = segments_ == 1 ? all : segment_classes_ / R;
     const int64_t first = segment_ * per, last = segment_ + 1 == segments_ ? all : first + per;
-    for (int64_t piece = first + team.rank; piece < last; piece += team.size) f(piece);
+    const int step = team.size * (kPiece<T> / R);
+    for (int64_t run = first + team.rank; run < last; run += step) f(pieces.piece<T>(run, team.size));
   }
 
   // The sums of the whole row from part(), this thread's: merged() is of all threads' sums, or of all segments'.

@@ -172,8 +172,10 @@ struct KlDivGuess {
 
 // Both forms in one visit, around a centre guessed before: u = (t - s - centre)/T. What the threads of a GPU hold, in R
 // with sums S, and what they are merged to, in double: raise() all to the largest maxima, then add the sums.
+// The maxima may also have been guessed: what is up to kAbove T above them is summed as it is.
 template <class R, class S = R>
 struct KlDivVisit {
+  static constexpr double kAbove = 20;
   R max_p = -std::numeric_limits<R>::infinity();
   R max_q = -std::numeric_limits<R>::infinity();
   S sum_p{};  // sum e^((t - max_p)/T)
@@ -182,10 +184,11 @@ struct KlDivVisit {
   S phi{};    // and times phi(u); once there is a p > 0, a class of p = 0 adds its share of q
   bool infinite = false;
 
-  // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near.
+  // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near: there it is at most
+  // classes e^kAbove.
   TD_HOST_DEVICE R q_to_p(double centre, double inv_t) const {
     const double x = (static_cast<double>(max_q) - static_cast<double>(max_p) + centre) * inv_t;
-    return std::exp(static_cast<R>(x < 80 ? x : 80));
+    return std::exp(static_cast<R>(x < 60 ? x : 60));
   }
   // Moves the maxima up to at least (p, q).
   TD_HOST_DEVICE void raise(R p, R q, double centre, double inv_t) {

@@ -2,9 +2,9 @@
 //
 // Two families, as on the CPU. Both sides in logits: one visit of the row gives the far form and, around a centre
 // guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
-// Its arithmetic on classes, and that of its double backward, is in float (double for double), with compensated sums;
-// only what a team's threads leave is merged in double. Everything else: the plain formulas in double, which nothing
-// less makes as accurate where P and Q are near each other.
+// Its arithmetic on classes is in float (double for double), with compensated sums; only what a team's threads leave is
+// merged in double. Everything else, and the double backward: the plain formulas in double, which nothing less makes as
+// accurate where P and Q are near each other or P has its mass on one class.
 #include <c10/util/Exception.h>
 
 #include <limits>
@@ -24,6 +24,10 @@ template <class A>
 __device__ double inverse_temperature(double t) {
   return static_cast<double>(static_cast<A>(1 / t));
 }
+
+// Blocks that a multiprocessor's registers must have room for. Without a number ptxas spills double's to make it two.
+template <class T>
+inline constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
 
 template <class A>
 __device__ A phi_small(A u) {
@@ -47,11 +51,31 @@ __device__ void store_row(const KlDivForward& k, int64_t row, double weight, con
   }
 }
 
-template <class T, class A, int K>
+template <class T>
 __device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
   if (row.data == nullptr) return;
-  const A zeros[K] = {};
-  task.for_pieces<K>(pieces, [&](int64_t piece) { store_piece<T>(row, pieces, piece, zeros); });
+  const Arithmetic<T> zeros[kPiece<T>] = {};
+  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) { store_piece(row, pieces, piece, zeros); });
+}
+
+// What a team adds up.
+template <int N>
+struct Sums {
+  double x[N] = {};
+
+  __device__ static Sums load(const double* from) {
+    Sums sums;
+    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
+    return sums;
+  }
+  __device__ void store(double* to) const {
+    for (int n = 0; n < N; ++n) to[n] = x[n];
+  }
+};
+template <int N>
+__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
+  team.sum(sums.x);
+  return sums;
 }
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
@@ -69,25 +93,38 @@ struct RowVisit : KlDivVisit<double> {
   }
 };
 
+// What a visit starts from: a centre, and about where the maxima are.
+struct Start {
+  double centre, centre_lo, max_p, max_q;
+};
+
 // A thread's sums, and those of one piece.
 template <class A>
 class ThreadVisit {
  public:
   KlDivVisit<A, Sum<A>> sums;
 
-  __device__ ThreadVisit(double centre, double centre_lo, double inv_t)
-      : centre_(centre, centre_lo), rough_centre_(centre), inv_t_(inv_t), scale_(static_cast<A>(inv_t)), exp_(inv_t) {}
+  __device__ ThreadVisit(const Start& start, double inv_t)
+      : centre_(start.centre, start.centre_lo),
+        rough_centre_(start.centre),
+        inv_t_(inv_t),
+        above_(static_cast<A>(sums.kAbove / inv_t)),
+        scale_(static_cast<A>(inv_t)),
+        exp_(inv_t) {
+    sums.max_p = static_cast<A>(start.max_p), sums.max_q = static_cast<A>(start.max_q);
+    q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
+  }
 
   template <int K>
   __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
     A top_p = t[0], top_q = s[0];
 #pragma unroll
     for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
-    if (top_p > sums.max_p || top_q > sums.max_q) {
+    if (top_p > sums.max_p + above_ || top_q > sums.max_q + above_) {
       sums.raise(top_p, top_q, rough_centre_, inv_t_);
       q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
     }
-    Piece piece;
+    PieceSums piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const A x = exp_.near(t[k] - sums.max_p), y = exp_.near(s[k] - sums.max_q);
@@ -99,19 +136,19 @@ class ThreadVisit {
   }
 
  private:
-  struct Piece {
+  struct PieceSums {
     A p = 0, q = 0, shift = 0, phi = 0;
   };
 
-  __device__ __forceinline__ void add_near(Piece& piece, A t, A s, A x, A y) const {
+  __device__ __forceinline__ void add_near(PieceSums& piece, A t, A s, A x, A y) const {
     const A u = difference_minus(t, s, centre_) * scale_, x_u = x * u;
     piece.shift += x_u;
     piece.phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, q_to_p_, x_u - x);
   }
   // The sums of classes among which there are infinities or NaN.
   template <int K>
-  __device__ __forceinline__ Piece masked(const A (&t)[K], const A (&s)[K]) {
-    Piece piece;
+  __device__ __forceinline__ PieceSums masked(const A (&t)[K], const A (&s)[K]) {
+    PieceSums piece;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const A x = t[k] == -kInf<A> ? 0 : exp_(t[k] - sums.max_p), y = s[k] == -kInf<A> ? 0 : exp_(s[k] - sums.max_q);
@@ -129,7 +166,7 @@ class ThreadVisit {
 
   Split<A> centre_;
   double rough_centre_, inv_t_;
-  A scale_, q_to_p_ = 0;
+  A above_, scale_, q_to_p_;
   Exp<A> exp_;
 };
 
@@ -157,60 +194,56 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
 // Two rows of logits.
 template <class TP, class TQ>
 struct LogitRows {
+  static_assert(kPiece<TP> == kPiece<TQ> && kRun<TP> == kRun<TQ>);
   using A = Arithmetic<TP>;
   static constexpr int K = kPiece<TP>;
   RowPointer<const char> p, q;
 
-  __device__ void load(const Pieces& pieces, int64_t piece, A (&t)[K], A (&s)[K]) const {
-    load_piece<TP>(p, pieces, piece, -kInf<A>, t);
-    load_piece<TQ>(q, pieces, piece, -kInf<A>, s);
+  __device__ void load(const Pieces& pieces, const Piece<TP>& piece, A (&t)[K], A (&s)[K]) const {
+    load_piece(p, pieces, piece, -kInf<A>, t);
+    load_piece(q, pieces, Piece<TQ>{piece.first, piece.gap}, -kInf<A>, s);
   }
 
-  // E_p[t - s] over the row's first classes: one piece a thread.
-  __device__ double guess_centre(const Team& team, const Pieces& pieces, double inv_t) const {
-    A t[K], s[K], top[1] = {-kInf<A>};
-    const bool any = team.rank < pieces.count<K>();
-    if (any) {
-      load(pieces, team.rank, t, s);
-      for (int k = 0; k < K; ++k)
-        if (s[k] > -kInf<A> && t[k] > top[0]) top[0] = t[k];
-    }
+  // From the row's first classes, one piece a thread: the maxima, and E_p[t - s] as the centre.
+  __device__ Start guess(const Team& team, const Pieces& pieces, double inv_t) const {
+    A t[K], s[K], top[2] = {-kInf<A>, -kInf<A>};
+    load(pieces, pieces.piece<TP>(team.rank, team.size), t, s);
+    for (int k = 0; k < K; ++k) top[0] = t[k] > top[0] ? t[k] : top[0], top[1] = s[k] > top[1] ? s[k] : top[1];
     team.max(top);
+    const Exp<A> exp(inv_t);
     A mass = 0, mean = 0;
-    if (any) {
-      const Exp<A> exp(inv_t);
-      for (int k = 0; k < K; ++k)
-        if (s[k] > -kInf<A> && t[k] > -kInf<A>) {
-          const A x = exp(t[k] - top[0]);
-          mass += x, mean += x * (t[k] - s[k]);
-        }
-    }
+    for (int k = 0; k < K; ++k)
+      if (s[k] > -kInf<A> && t[k] > -kInf<A>) {
+        const A x = exp(t[k] - top[0]);
+        mass += x, mean += x * (t[k] - s[k]);
+      }
     double sums[2] = {static_cast<double>(mass), static_cast<double>(mean)};
     team.sum(sums);
     const A centre = static_cast<A>(sums[1] / sums[0]);
-    return std::isfinite(centre) ? static_cast<double>(centre) : 0;
+    return {std::isfinite(centre) ? static_cast<double>(centre) : 0, 0, static_cast<double>(top[0]),
+            static_cast<double>(top[1])};
   }
 
-  // Sums over the row around a centre, as reduction `number` of the task.
-  __device__ bool visit(const RowTask& task, int number, const Pieces& pieces, double centre, double centre_lo,
-                        double inv_t, RowVisit& whole) const {
+  // Sums over the row, as reduction `number` of the task.
+  __device__ bool visit(const RowTask& task, int number, const Pieces& pieces, const Start& start, double inv_t,
+                        RowVisit& whole) const {
     return task.reduce(
         number, whole,
         [&] {
-          ThreadVisit<A> visit(centre, centre_lo, inv_t);
-          task.for_pieces<K>(pieces, [&](int64_t piece) {
+          ThreadVisit<A> visit(start, inv_t);
+          task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
             A t[K], s[K];
             load(pieces, piece, t, s);
             visit.add(t, s);
           });
           return visit.sums;
         },
-        [&](const auto& part) { return merged(task.team, part, centre, inv_t); });
+        [&](const auto& part) { return merged(task.team, part, start.centre, inv_t); });
   }
 };
 
 template <class TP, class TQ>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     forward_logits(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = LogitRows<TP, TQ>;
   const RowTask task(grid, workspace, launch);
@@ -221,13 +254,13 @@ __global__ void __launch_bounds__(kThreads)
     Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv_t = inverse_temperature<typename Rows::A>(k.rows.temperature), t = 1 / inv_t;
-    const double centre = rows.guess_centre(task.team, pieces, inv_t);
+    const Start start = rows.guess(task.team, pieces, inv_t);
     RowVisit visit;
-    if (!rows.visit(task, 0, pieces, centre, 0, inv_t, visit)) return;
-    if (!visit.finish(centre, 0, t, stat)) {
-      const double mean = stat.mean, mean_lo = stat.mean_lo;
-      if (!rows.visit(task, 1, pieces, mean, mean_lo, inv_t, visit)) return;
-      visit.finish(mean, mean_lo, t, stat);
+    if (!rows.visit(task, 0, pieces, start, inv_t, visit)) return;
+    if (!visit.finish(start.centre, 0, t, stat)) {
+      const Start again{stat.mean, stat.mean_lo, visit.max_p, visit.max_q};
+      if (!rows.visit(task, 1, pieces, again, inv_t, visit)) return;
+      visit.finish(again.centre, again.centre_lo, t, stat);
     }
   }
   if (task.writes()) store_row(k, task.row, weight, stat);
@@ -249,7 +282,7 @@ __device__ Peak merged(const Team& team, const Peak& part) {
 }
 
 template <class TP, class TQ>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     backward_logits(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = LogitRows<TP, TQ>;
   using A = typename Rows::A;
@@ -262,38 +295,54 @@ __global__ void __launch_bounds__(kThreads)
   const double coefficient = k.coefficient[task.row];
   if (coefficient == 0) {
     if (!task.first_launch()) return;
-    store_zeros<TP, A, K>(task, grad_p, pieces);
-    store_zeros<TQ, A, K>(task, grad_q, pieces);
+    store_zeros<TP>(task, grad_p, pieces);
+    store_zeros<TQ>(task, grad_q, pieces);
     return;
   }
   auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const double inv = inverse_temperature<A>(k.rows.temperature);
   const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
              infinite = std::isinf(stat.kl);
+  const Exp<A> exp(inv);
+  const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
   // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
-  // from: the far form takes the mean's error, E_p[u], from a second look.
+  // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
   if (want_p && !near && !infinite) {
-    RowVisit visit;
-    if (!rows.visit(task, 0, pieces, stat.mean, stat.mean_lo, inv, visit)) return;
-    stat.set_mean(stat.mean, stat.mean_lo + visit.shift / visit.sum_p / inv);
+    const Split<A> centre(stat.mean, stat.mean_lo);
+    Sums<1> error;
+    const auto part_error = [&] {
+      Sum<A> sum;
+      task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
+        A t[K], s[K], part = 0;
+        rows.load(pieces, piece, t, s);
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+          const A x = exp(t[i] - lse_p.hi);  // without its factor: an error's digits are not needed
+          part += x == 0 ? 0 : x * difference_minus(t[i], s[i], centre);
+        }
+        sum.add(part);
+      });
+      return Sums<1>{{sum.value()}};
+    };
+    if (!task.reduce(0, error, part_error, [&](const auto& x) { return merged(task.team, x); })) return;
+    stat.set_mean(stat.mean, stat.mean_lo + error.x[0]);
   }
   Peak peak;
   const auto part = [&] {
-    const Split<A> centre(stat.mean, stat.mean_lo), lse_p(stat.lse_p), lse_q(stat.lse_q);
-    const Exp<A> exp(inv);
+    const Split<A> centre(stat.mean, stat.mean_lo);
     const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
             factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
             c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
     int64_t at = -1;
     Sum<A> others_p, others_q;
-    task.for_pieces<K>(pieces, [&](int64_t piece) {
+    task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
       A t[K], s[K], x[K], u[K];
       rows.load(pieces, piece, t, s);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         x[i] = exp(t[i] - lse_p.hi) * factor_p;
         u[i] = difference_minus(t[i], s[i], centre) * inv_t;
-        if (x[i] > A(0.5)) at = piece * K - pieces.lead + i;
+        if (x[i] > A(0.5)) at = piece.at(i);
       }
       A g[K], others = 0;
       if (want_p) {
@@ -303,7 +352,7 @@ __global__ void __launch_bounds__(kThreads)
           others += x[i] > A(0.5) ? 0 : g[i];
         }
         others_p.add(others);
-        store_piece<TP>(grad_p, pieces, piece, g);
+        store_piece(grad_p, pieces, piece, g);
       }
       if (want_q) {
         others = 0;
@@ -315,7 +364,7 @@ __global__ void __launch_bounds__(kThreads)
           others += x[i] > A(0.5) ? 0 : g[i];
         }
         others_q.add(others);
-        store_piece<TQ>(grad_q, pieces, piece, g);
+        store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g);
       }
     });
     return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
@@ -337,13 +386,12 @@ struct Lse {
 
   __device__ static Lse load(const double* x) { return {x[0], x[1]}; }
   __device__ void store(double* x) const { x[0] = max, x[1] = sum; }
-  __device__ void finish(double t, double& lse, double& lse_lo) const {
-    if (!(sum > 0)) {
-      lse = std::numeric_limits<double>::quiet_NaN();
-      return;
-    }
+  // What it rounds off goes into lo.
+  __device__ double finish(double t, double& lo) const {
+    if (!(sum > 0)) return std::numeric_limits<double>::quiet_NaN();
     const ExactSum exact = two_sum(max, t * std::log(sum));
-    lse = exact.sum, lse_lo = exact.error;
+    lo = exact.error;
+    return exact.sum;
   }
 };
 __device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
@@ -355,76 +403,47 @@ __device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
   return {top[0], sum[0]};
 }
 
-template <int N>
-struct Sums {
-  double x[N] = {};
-
-  __device__ static Sums load(const double* from) {
-    Sums sums;
-    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
-    return sums;
-  }
-  __device__ void store(double* to) const {
-    for (int n = 0; n < N; ++n) to[n] = x[n];
-  }
-};
-template <int N>
-__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
-  team.sum(sums.x);
-  return sums;
-}
-
 // One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
-template <class A>
 struct Side {
   int space;
-  A inv_t, log_lo, factor, padding;
-  Split<A> lse;
-  Exp<A> exp;
+  double inv_t, lse, log_lo, factor, padding;
 
   __device__ Side(int space_, double inv_t_, double lse_, double lse_lo)
       : space(space_),
-        inv_t(static_cast<A>(inv_t_)),
-        log_lo(0),
-        factor(1),
-        padding(space_ == kProbs ? A(0) : -kInf<A>),
-        lse(lse_, lse_lo),
-        exp(space_ == kLogits ? inv_t_ : 1) {
-    log_lo = static_cast<A>(static_cast<double>(lse.lo) * inv_t_);
-    factor = static_cast<A>(std::exp(-static_cast<double>(lse.lo) * inv_t_));
-  }
-  __device__ void read(A v, A& prob, A& log_prob) const {
+        inv_t(inv_t_),
+        lse(lse_),
+        log_lo(lse_lo * inv_t_),
+        factor(std::exp(-log_lo)),
+        padding(space_ == kProbs ? 0 : -kInf<double>) {}
+  __device__ void read(double v, double& prob, double& log_prob) const {
     if (space == kProbs) {
       prob = v, log_prob = std::log(v);
     } else if (space == kLogits) {
-      const A above = v - lse.hi;
-      log_prob = above * inv_t - log_lo, prob = exp(above) * factor;
+      const double above = (v - lse) * inv_t;
+      log_prob = above - log_lo, prob = std::exp(above) * factor;
     } else {
-      log_prob = v, prob = exp(v);
+      log_prob = v, prob = std::exp(v);
     }
   }
 };
 
 // log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
-template <class A>
-__device__ A log_ratio(bool both_probs, A p, A q, A log_p, A log_q) {
+__device__ double log_ratio(bool both_probs, double p, double q, double log_p, double log_q) {
   if (!both_probs) return log_p - log_q;
-  if (p < 0 || q < 0) return std::numeric_limits<A>::quiet_NaN();
-  const A relative = (p - q) / q, ratio = p / q;
-  if (std::fabs(relative) < A(0.5)) return std::log1p(relative);
-  constexpr A kBig = A(1e30);
+  if (p < 0 || q < 0) return std::numeric_limits<double>::quiet_NaN();
+  const double relative = (p - q) / q, ratio = p / q;
+  if (std::fabs(relative) < 0.5) return std::log1p(relative);
+  constexpr double kBig = 1e30;
   return ratio > 1 / kBig && ratio < kBig ? std::log(ratio) : log_p - log_q;
 }
 
 // Gradient of KL with respect to each side's entries, before the row's coefficient. l_kl = l - KL.
-template <class A>
-__device__ A gradient_p(const Side<A>& side, bool infinite, A p, A l, A l_kl) {
+__device__ double gradient_p(const Side& side, bool infinite, double p, double l, double l_kl) {
   if (p == 0 || (side.space == kLogits && infinite)) return 0;
   if (side.space == kLogits) return p * l_kl * side.inv_t;
   return side.space == kProbs ? l + 1 : p * (l + 1);
 }
-template <class A>
-__device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
+__device__ double gradient_q(const Side& side, double mass, double p, double q) {
   if (side.space == kLogits) return (q * mass - p) * side.inv_t;
   if (side.space == kLogProbs) return -p;
   return p == 0 ? 0 : -p / q;
@@ -433,21 +452,20 @@ __device__ A gradient_q(const Side<A>& side, A mass, A p, A q) {
 // Both rows, by class: T is AnyFloat or double.
 template <class T>
 struct AnyRows {
-  using A = double;
   static constexpr int K = kPiece<T>;
   RowPointer<const char> p, q;
 
   // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
   template <class F>
-  __device__ void for_classes(const Pieces& pieces, int64_t piece, const Side<A>& p_side, const Side<A>& q_side,
+  __device__ void for_classes(const Pieces& pieces, const Piece<T>& piece, const Side& p_side, const Side& q_side,
                               const F& f) const {
-    A t[K], s[K];
-    load_piece<T>(p, pieces, piece, p_side.padding, t);
-    load_piece<T>(q, pieces, piece, q_side.padding, s);
+    double t[K], s[K];
+    load_piece(p, pieces, piece, p_side.padding, t);
+    load_piece(q, pieces, piece, q_side.padding, s);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      A x, log_x, y, log_y;
+      double x, log_x, y, log_y;
       p_side.read(t[k], x, log_x);
       q_side.read(s[k], y, log_y);
       f(x, y, log_x, log_y, log_ratio(both_probs, x, y, log_x, log_y), k);
@@ -456,10 +474,9 @@ struct AnyRows {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  using A = typename Rows::A;
   constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
@@ -470,42 +487,46 @@ __global__ void __launch_bounds__(kThreads)
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv = 1 / k.rows.temperature;
     if (k.rows.p_space == kLogits || k.rows.q_space == kLogits) {
-      const RowPointer<const char>& logits = k.rows.p_space == kLogits ? rows.p : rows.q;
+      RowPointer<const char> logits = rows.q;  // assigned: a reference to either would have to be in memory
+      if (k.rows.p_space == kLogits) logits = rows.p;
       Lse lse;
       const auto part = [&] {
-        const Exp<A> exp(inv);
-        A max = -kInf<A>;
-        Sum<A> sum;
-        task.for_pieces<K>(pieces, [&](int64_t piece) {
-          A v[K];
-          load_piece<T>(logits, pieces, piece, -kInf<A>, v);
-          A top = max;
+        const Exp<double> exp(inv);
+        double max = -kInf<double>;
+        Sum<double> sum;
+        task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+          double v[K];
+          load_piece(logits, pieces, piece, -kInf<double>, v);
+          double top = max;
 #pragma unroll
           for (int i = 0; i < K; ++i) top = v[i] > top ? v[i] : top;
           if (top > max) sum *= exp(max - top), max = top;
-          A part_sum = 0;
+          double part_sum = 0;
 #pragma unroll
-          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<A> ? 0 : exp(v[i] - max);
+          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<double> ? 0 : exp(v[i] - max);
           sum.add(part_sum);
         });
-        return Lse{static_cast<double>(max), sum.value()};
+        return Lse{max, sum.value()};
       };
       if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
-      lse.finish(1 / inv, k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q, stat.mean_lo);
+      const double value = lse.finish(1 / inv, stat.mean_lo);
+      (k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q) = value;
     }
-    const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+    const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
         q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
     Sums<2> sums;
     const auto part = [&] {
-      Sum<A> kl, mass;
-      task.for_pieces<K>(pieces, [&](int64_t piece) {
-        A kl_part = 0, mass_part = 0;
-        rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A, A log_x, A log_y, A l, int) {
+      Sum<double> kl, mass;
+      task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+        double kl_part = 0, mass_part = 0;
+        const auto add = [&](double x, double, double log_x, double log_y, double l, int) {
           // p = 0: no term, but a NaN of q stays one, and a p that only underflowed meets q = 0 with +inf.
-          const A absent = log_x > -kInf<A> && log_y == -kInf<A> ? kInf<A> : std::isnan(log_y) ? log_y : A(0);
+          double absent = std::isnan(log_y) ? log_y : 0;
+          if (log_x > -kInf<double> && log_y == -kInf<double>) absent = kInf<double>;
           kl_part += x == 0 ? absent : x * l;
           mass_part += x;
-        });
+        };
+        rows.for_classes(pieces, piece, p_side, q_side, add);
         kl.add(kl_part), mass.add(mass_part);
       });
       return Sums<2>{{kl.value(), mass.value()}};
@@ -517,10 +538,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_any(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  using A = typename Rows::A;
   constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
@@ -529,24 +549,24 @@ __global__ void __launch_bounds__(kThreads)
   const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
   const double coefficient = k.coefficient[task.row];
   if (coefficient == 0) {
-    store_zeros<T, A, K>(task, grad_p, pieces);
-    store_zeros<T, A, K>(task, grad_q, pieces);
+    store_zeros<T>(task, grad_p, pieces);
+    store_zeros<T>(task, grad_q, pieces);
     return;
   }
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const double inv = 1 / k.rows.temperature;
-  const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+  const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
       q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
-  const A c = static_cast<A>(coefficient), kl = static_cast<A>(stat.kl), mass = static_cast<A>(stat.mean);
+  const double c = coefficient, kl = stat.kl, mass = stat.mean;
   const bool infinite = std::isinf(stat.kl);
-  task.for_pieces<K>(pieces, [&](int64_t piece) {
-    A g_p[K], g_q[K];
-    rows.for_classes(pieces, piece, p_side, q_side, [&](A x, A y, A, A, A l, int i) {
+  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+    double g_p[K], g_q[K];
+    rows.for_classes(pieces, piece, p_side, q_side, [&](double x, double y, double, double, double l, int i) {
       g_p[i] = c * gradient_p(p_side, infinite, x, l, l - kl);
       g_q[i] = c * gradient_q(q_side, mass, x, y);
     });
-    if (grad_p.data != nullptr) store_piece<T>(grad_p, pieces, piece, g_p);
-    if (grad_q.data != nullptr) store_piece<T>(grad_q, pieces, piece, g_q);
+    if (grad_p.data != nullptr) store_piece(grad_p, pieces, piece, g_p);
+    if (grad_q.data != nullptr) store_piece(grad_q, pieces, piece, g_q);
   });
 }
 
@@ -555,8 +575,8 @@ __global__ void __launch_bounds__(kThreads)
 //   P's gradient.   [p. (l - KL) + p (l. - KL.)]/T | p. (l + 1) + p l. | l.
 //   Q's gradient.   [q (log q). m + q m. - p.]/T | -p. | (p (log q). - p.)/q      m = sum p
 // KL. = <v, gradient>. Where p = 0, P's gradient is constantly 0 by convention, and so is its derivative.
-template <class T, class A>
-__global__ void __launch_bounds__(kThreads)
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
     double_backward(const KlDivDoubleBackward k, const RowGrid grid, double* workspace, int launch) {
   constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
@@ -566,84 +586,87 @@ __global__ void __launch_bounds__(kThreads)
   RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
   const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
-  const double inv = inverse_temperature<A>(k.rows.temperature), coefficient = k.coefficient[task.row];
   const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
+  const double inv_t = both_logits ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature,
+               coefficient = k.coefficient[task.row];
   const double rest = both_logits ? 0 : stat.mean_lo;
-  const Side<A> p_side(k.rows.p_space, inv, stat.lse_p, rest), q_side(k.rows.q_space, inv, stat.lse_q, rest);
-  const Split<A> centre(stat.mean, stat.mean_lo);
-  const A kl = static_cast<A>(stat.kl), inv_t = static_cast<A>(inv),
-          mass = both_logits ? A(1) : static_cast<A>(stat.mean);
+  Side p_side(k.rows.p_space, inv_t, stat.lse_p, rest), q_side(k.rows.q_space, inv_t, stat.lse_q, rest);
+  const Split<double> centre(stat.mean, stat.mean_lo);
+  const double kl = stat.kl, mass = both_logits ? 1 : stat.mean;
 
-  A off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
-  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for A) for the classes of a piece.
-  const auto for_classes = [&](int64_t piece, const auto& f) {
-    A t[K], s[K], a[K] = {}, b[K] = {};
-    load_piece<T>(row_p, pieces, piece, p_side.padding, t);
-    load_piece<T>(row_q, pieces, piece, q_side.padding, s);
-    if (v_p.data != nullptr) load_piece<T>(v_p, pieces, piece, A(0), a);
-    if (v_q.data != nullptr) load_piece<T>(v_q, pieces, piece, A(0), b);
+  double off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
+  // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for double) for the classes of a piece.
+  const auto for_classes = [&](const Piece<T>& piece, const auto& f) {
+    double t[K], s[K], a[K] = {}, b[K] = {};
+    load_piece(row_p, pieces, piece, p_side.padding, t);
+    load_piece(row_q, pieces, piece, q_side.padding, s);
+    if (v_p.data != nullptr) load_piece(v_p, pieces, piece, 0.0, a);
+    if (v_q.data != nullptr) load_piece(v_q, pieces, piece, 0.0, b);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      A x, log_x, y, log_y;
+      double x, log_x, y, log_y;
       p_side.read(t[i], x, log_x);
       q_side.read(s[i], y, log_y);
       // From logits l - KL = u, from the exact difference.
-      const A l = log_ratio(both_probs, x, y, log_x, log_y),
-              u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
-      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<A>);
+      const double l = log_ratio(both_probs, x, y, log_x, log_y),
+                   u = both_logits ? difference_minus(t[i], s[i], centre) * inv_t - off_centre : l - kl;
+      f(x, y, both_logits ? u + kl : l, u, a[i], b[i], i, log_y == -kInf<double>);
     }
   };
-  Sums<3> means;
+  Sums<5> means;
   const auto part_means = [&] {
-    Sum<A> mean_p, mean_q, mean_u;
-    task.for_pieces<K>(pieces, [&](int64_t piece) {
-      A part_p = 0, part_q = 0, part_u = 0;
-      for_classes(piece, [&](A p, A q, A, A u, A a, A b, int, bool) {
-        part_p += p_side.space == kProbs ? a : p * a;
-        part_q += q_side.space == kProbs ? b : q * b;
-        part_u += p == 0 ? 0 : p * u;
+    Sums<5> sums;
+    task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+      for_classes(piece, [&](double p, double q, double, double u, double a, double b, int, bool) {
+        sums.x[0] += p_side.space == kProbs ? a : p * a;
+        sums.x[1] += q_side.space == kProbs ? b : q * b;
+        sums.x[2] += p == 0 ? 0 : p * u;
+        sums.x[3] += p, sums.x[4] += q;
       });
-      mean_p.add(part_p), mean_q.add(part_q), mean_u.add(part_u);
     });
-    return Sums<3>{{mean_p.value(), mean_q.value(), mean_u.value()}};
+    return sums;
   };
   if (!task.reduce(0, means, part_means, [&](const auto& x) { return merged(task.team, x); })) return;
-  if (both_logits && !infinite) off_centre = static_cast<A>(means.x[2]);
+  double mean_p = means.x[0], mean_q = means.x[1];
+  if (both_logits) {
+    // The forward summed in less than double: a row with all of its mass on one class, where 1 - p is all that counts,
+    // would show it.
+    p_side.factor /= means.x[3], q_side.factor /= means.x[4];
+    mean_p /= means.x[3], mean_q /= means.x[4];
+    if (!infinite) off_centre = means.x[2] / means.x[3];
+  }
   Sums<2> dots;
   const auto part_dots = [&] {
-    Sum<A> dot_p, dot_q;
-    task.for_pieces<K>(pieces, [&](int64_t piece) {
-      A part_p = 0, part_q = 0;
-      for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int, bool) {
-        A g_q = gradient_q(q_side, mass, p, q);
-        if (both_logits && std::fabs(l) < A(0.5)) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
-        part_p += a == 0 ? 0 : a * gradient_p(p_side, infinite, p, l, u);
-        part_q += b == 0 ? 0 : b * g_q;
+    Sums<2> sums;
+    task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+      for_classes(piece, [&](double p, double q, double l, double u, double a, double b, int, bool) {
+        double g_q = gradient_q(q_side, mass, p, q);
+        if (both_logits && std::fabs(l) < 0.5) g_q = p * (phi_small(l) - l) * inv_t;  // q - p, near
+        sums.x[0] += a == 0 ? 0 : a * gradient_p(p_side, infinite, p, l, u);
+        sums.x[1] += b == 0 ? 0 : b * g_q;
       });
-      dot_p.add(part_p), dot_q.add(part_q);
     });
-    return Sums<2>{{dot_p.value(), dot_q.value()}};
+    return sums;
   };
   if (!task.reduce(1, dots, part_dots, [&](const auto& x) { return merged(task.team, x); })) return;
   if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = dots.x[0] + dots.x[1];
   if (coefficient == 0) {
-    store_zeros<T, A, K>(task, d_p, pieces);
-    store_zeros<T, A, K>(task, d_q, pieces);
+    store_zeros<T>(task, d_p, pieces);
+    store_zeros<T>(task, d_q, pieces);
     return;
   }
   if (d_p.data == nullptr && d_q.data == nullptr) return;
-  const A c = static_cast<A>(coefficient), mean_p = static_cast<A>(means.x[0]), mean_q = static_cast<A>(means.x[1]),
-          kl_dot = static_cast<A>(dots.x[0] + dots.x[1]), mass_dot = p_side.space == kLogits ? A(0) : mean_p;
-  task.for_pieces<K>(pieces, [&](int64_t piece) {
-    A h_p[K], h_q[K];
-    for_classes(piece, [&](A p, A q, A l, A u, A a, A b, int i, bool none_q) {
-      A log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
+  const double c = coefficient, kl_dot = dots.x[0] + dots.x[1], mass_dot = p_side.space == kLogits ? 0 : mean_p;
+  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
+    double h_p[K], h_q[K];
+    for_classes(piece, [&](double p, double q, double l, double u, double a, double b, int i, bool none_q) {
+      double log_p_dot = p_side.space == kLogits ? (a - mean_p) * inv_t : p_side.space == kProbs ? a / p : a;
       if (p == 0) log_p_dot = 0;
-      const A p_dot = p_side.space == kProbs ? a : p * log_p_dot;
-      A log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
+      const double p_dot = p_side.space == kProbs ? a : p * log_p_dot;
+      double log_q_dot = q_side.space == kLogits ? (b - mean_q) * inv_t : q_side.space == kProbs ? b / q : b;
       if (none_q) log_q_dot = 0;
-      const A l_dot = log_p_dot - log_q_dot;
+      const double l_dot = log_p_dot - log_q_dot;
       if (p == 0 || (p_side.space == kLogits && infinite)) {
         h_p[i] = 0;
       } else if (p_side.space == kLogits) {
@@ -656,11 +679,11 @@ __global__ void __launch_bounds__(kThreads)
       } else if (q_side.space == kLogProbs) {
         h_q[i] = c * -p_dot;
       } else {
-        h_q[i] = none_q ? c * A(0) : c * ((p * log_q_dot - p_dot) / q);
+        h_q[i] = none_q ? c * 0 : c * ((p * log_q_dot - p_dot) / q);
       }
     });
-    if (d_p.data != nullptr) store_piece<T>(d_p, pieces, piece, h_p);
-    if (d_q.data != nullptr) store_piece<T>(d_q, pieces, piece, h_q);
+    if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
+    if (d_q.data != nullptr) store_piece(d_q, pieces, piece, h_q);
   });
 }
 
@@ -713,10 +736,8 @@ void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, St
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double, double>
-              : k.rows.from_logits()          ? &double_backward<AnyFloat, float>
-                                              : &double_backward<AnyFloat, double>,
-              k, rows, workspace, stream);
+  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
+              workspace, stream);
 }
 
 }  // namespace torch_divergence::cuda

@@ -14,7 +14,8 @@ import ctypes
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nvcc
@@ -97,9 +98,7 @@ def occupancy(registers: int, shared: int, architecture: str) -> float:
     return min(blocks, (164 << 10) // max(per_block, 1)) * BLOCK / THREADS
 
 
-def profile(
-    call: Call, tests: nvcc.Tests, library: ctypes.CDLL, module: ptxsim.Module
-) -> tuple[float, float, float, float]:
+def profile(call: Call, library: ctypes.CDLL, module: ptxsim.Module) -> tuple[float, float, float, float]:
     """Bytes moved and asked for, special functions and instructions per element."""
     machine = ptxsim.Machine(module)
     machine.count = True
@@ -115,6 +114,62 @@ def profile(
     return moved, asked, special / classes, instructions / classes
 
 
+@dataclass
+class Report:
+    """Of one architecture: the two tables' lines, and what breaks a rule."""
+
+    calls: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+
+def report(architecture: str, tests: nvcc.Tests) -> Report:
+    gpu, result = GPUS[architecture], Report()
+    short = gpu.name.split()[0]
+    for kernel in sass.disassemble(tests.library.parent / "kl_div_cuda.o", architecture):
+        name = re.sub(r"torch_divergence::|\(anonymous namespace\)::|cuda::|c10::|^void |\(.*", "", kernel.name)
+        counts = sass.count([text for _, _, text in kernel.code])
+        if kernel.stack or counts["local"]:
+            result.bad.append(
+                f"{architecture} {name}: a stack of {kernel.stack} bytes, {counts['local']} accesses to it"
+            )
+        if not counts["wide load"]:
+            result.bad.append(f"{architecture} {name}: no 128-bit loads")
+        turns = [sass.count(kernel.turn(loop)) for loop in kernel.hot_loops()]
+        by_design = re.search("double>|_any<|double_backward", name)  # see kl_div_cuda.cu
+        if not by_design and any(t["double"] > 2 for t in turns):
+            result.bad.append(f"{architecture} {name}: arithmetic in double in a hot loop")
+        used = occupancy(kernel.registers, kernel.shared, architecture)
+        result.kernels.append(
+            f"| {name} | {short} | {kernel.registers} | {kernel.stack} | {kernel.shared} | {used:.0%} "
+            f"| {counts['wide load']}, {counts['wide store']} | {counts['narrow load']}, {counts['narrow store']} |"
+        )
+    library = ctypes.CDLL(str(tests.library))
+    library.profile_kl_div.argtypes = [ctypes.c_bool] * 5
+    library.profile_kl_div.restype = ctypes.c_int64
+    module = ptxsim.Module(tests.ptx[architecture].read_text())
+    for call in calls():
+        traffic, asked, special, instructions = profile(call, library, module)
+        if traffic > call.bytes_allowed:
+            result.bad.append(
+                f"{architecture} {call.name}: {traffic:.2f} bytes an element, {call.bytes_allowed:.2f} allowed"
+            )
+        if special > 1.05 * call.special:
+            result.bad.append(f"{architecture} {call.name}: {special:.2f} special functions an element, {call.special}")
+        cycles = gpu.processors * gpu.clock
+        times = {
+            "issue": instructions / (LANES * cycles),
+            "special": special / (SPECIAL_LANES * cycles),
+            "memory": traffic / (REACHABLE * gpu.bandwidth),
+        }
+        bound = max(times, key=lambda t: times[t])
+        result.calls.append(
+            f"| {call.name} | {short} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
+            f"| {instructions:.1f} | {', '.join(f'{1e12 * t:.2f}' for t in times.values())} | {bound} |"
+        )
+    return result
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
@@ -123,60 +178,20 @@ def main() -> int:
     if missing:
         print(f"skipped: {', '.join(missing)} not found")
         return 0
-    bad: list[str] = []
-    lines = [
-        "| kernel | GPU | registers | stack | shared | occupancy | 128-bit loads, stores | other |",
-        "|" + "---|" * 8,
-    ]
     tests = nvcc.link_tests()
-    library = ctypes.CDLL(str(tests.library))
-    library.profile_kl_div.argtypes = [ctypes.c_bool] * 5
-    library.profile_kl_div.restype = ctypes.c_int64
-    costs = [
+    with ProcessPoolExecutor() as pool:
+        reports = list(pool.map(report, GPUS, [tests] * len(GPUS)))
+    lines = [
         "| call | GPU | bytes | asked | least | special | instructions | issue, special, memory: ps | bound |",
         "|" + "---|" * 9,
+        *(line for r in reports for line in r.calls),
+        "",
+        "| kernel | GPU | registers | stack | shared | occupancy | 128-bit loads, stores | other |",
+        "|" + "---|" * 8,
+        *(line for r in reports for line in r.kernels),
     ]
-    for architecture, gpu in GPUS.items():
-        kernels = list(sass.disassemble(tests.library.parent / "kl_div_cuda.o", architecture))
-        for kernel in kernels:
-            name = re.sub(r"torch_divergence::|\(anonymous namespace\)::|cuda::|c10::|^void |\(.*", "", kernel.name)
-            counts = sass.count([text for _, _, text in kernel.code])
-            if kernel.stack or counts["local"]:
-                bad.append(f"{architecture} {name}: a stack of {kernel.stack} bytes, {counts['local']} accesses to it")
-            if not counts["wide load"]:
-                bad.append(f"{architecture} {name}: no 128-bit loads")
-            turns = [sass.count(kernel.turn(loop)) for loop in kernel.hot_loops()]
-            by_design = "double>" in name or "_any<" in name  # spaces other than logits are computed in double
-            if not by_design and any(t["double"] > 2 for t in turns):
-                bad.append(f"{architecture} {name}: arithmetic in double in a hot loop")
-            used = occupancy(kernel.registers, kernel.shared, architecture)
-            short = gpu.name.split()[0]
-            lines.append(
-                f"| {name} | {short} | {kernel.registers} | {kernel.stack} | {kernel.shared} | {used:.0%} "
-                f"| {counts['wide load']}, {counts['wide store']} | {counts['narrow load']}, {counts['narrow store']} |"
-            )
-        module = ptxsim.Module(tests.ptx[architecture].read_text())
-        for call in calls():
-            traffic, asked, special, instructions = profile(call, tests, library, module)
-            if traffic > call.bytes_allowed:
-                bad.append(
-                    f"{architecture} {call.name}: {traffic:.2f} bytes an element, {call.bytes_allowed:.2f} allowed"
-                )
-            if special > 1.05 * call.special:
-                bad.append(f"{architecture} {call.name}: {special:.2f} special functions an element, {call.special}")
-            cycles = gpu.processors * gpu.clock
-            times = {
-                "issue": instructions / (LANES * cycles),
-                "special": special / (SPECIAL_LANES * cycles),
-                "memory": traffic / (REACHABLE * gpu.bandwidth),
-            }
-            bound = max(times, key=lambda t: times[t])
-            short = gpu.name.split()[0]
-            costs.append(
-                f"| {call.name} | {short} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
-                f"| {instructions:.1f} | {', '.join(f'{1e12 * t:.2f}' for t in times.values())} | {bound} |"
-            )
-    table = "\n".join([*costs, "", *lines])
+    bad = [violation for r in reports for violation in r.bad]
+    table = "\n".join(lines)
     print(table)
     if options.write:
         before, rest = DOCUMENT.read_text().split(BEGIN)

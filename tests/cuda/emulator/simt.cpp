@@ -62,6 +62,8 @@ simt_switch:
 namespace simt {
 
 Options options;
+const std::vector<Schedule> schedules = {
+    {Order::Forward, 0}, {Order::Backward, 0}, {Order::Random, 1}, {Order::Random, 2}};
 
 namespace {
 

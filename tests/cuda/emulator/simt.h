@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -59,6 +60,13 @@ struct Options {
   int64_t first_block = 0, last_block = std::numeric_limits<int64_t>::max();
 };
 extern Options options;
+
+// The orders of threads that a test should try: those in which this machine differs.
+struct Schedule {
+  Order order;
+  unsigned seed;
+};
+extern const std::vector<Schedule> schedules;
 
 // Global memory that the checker knows: bounds, and whether what is read has been written.
 class Buffer {

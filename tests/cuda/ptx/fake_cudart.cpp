@@ -36,6 +36,8 @@ std::map<const void*, std::string>& kernel_names() {
 
 namespace simt {
 Options options;
+// Forward and backward are the same here: whole blocks in lockstep.
+const std::vector<Schedule> schedules = {{Order::Forward, 0}, {Order::Random, 1}};
 Buffer::Buffer(const void* data, size_t bytes, const char* name, bool initialised) : data_(data) {
   device.add_buffer(reinterpret_cast<uint64_t>(data), bytes, name, initialised);
 }

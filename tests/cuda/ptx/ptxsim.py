@@ -1,8 +1,8 @@
 """A machine for the PTX that nvcc emitted: the second opinion beside the emulator, with which it shares no code.
 
 Every thread of a block is a lane of NumPy arrays. The threads at the lowest program counter run together, which brings
-diverged ones together again; in the schedule "warps" one warp at a time, drawn anew at each branch and barrier, so that
-warps run ahead of each other as far as the barriers let them. Blocks run one after another. What it does not know it
+diverged ones together again; in the schedule "warps" some of the warps, drawn anew at each branch and barrier, so that
+they run ahead of each other as far as the barriers let them. Blocks run one after another. What it does not know it
 refuses.
 """
 
@@ -172,7 +172,9 @@ class Machine:
                     return
                 continue
             if self.schedule != "lockstep":
-                ready &= self.warp == self.random.choice(np.unique(self.warp[ready]))
+                drawn = self.random.random(len(self.warp_clock)) < self.random.random()
+                drawn[self.random.choice(self.warp[ready])] = True
+                ready &= drawn[self.warp]
             pc = int(self.pc[ready].min())
             steps += self._run_together(pc, self.threads[ready & (self.pc == pc)])
         self.report("hang", kernel.code[min(pc, len(kernel.code) - 1)], f"{steps} steps")
