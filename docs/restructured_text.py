@@ -11,6 +11,7 @@ SUBSCRIPT = str.maketrans("0123456789p", "₀₁₂₃₄₅₆₇₈₉ₚ")
 
 # The formula on the line itself, or indented below it.
 MATH = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)$", re.M)
+INLINE_MATH = re.compile(r":math:`([^`]*)`")
 TABLE = re.compile(r"^( *)=+(?:  +=+)+\n(?:.*\n)*?\1=+(?:  +=+)+\n(?:.*\n)*?\1=+(?:  +=+)+$", re.M)
 # Under its heading or without one, to the last line that is indented as far.
 EXAMPLE = re.compile(r"^( *)(Example:\n\n\1 +)?>>> .*(?:\n\1.*\S.*|\n(?=\1 +>>>))*", re.M)
@@ -27,7 +28,9 @@ def table(match: re.Match[str]) -> str:
     lines = [line[len(match[1]) :] for line in match[0].splitlines()]
     starts = [m.start() for m in re.finditer(r"=+", lines[0])]
     ends = [*starts[1:], None]
-    rows = [[line[i:j].strip() for i, j in zip(starts, ends, strict=True)] for line in lines if not line.startswith("=")]
+    rows = [
+        [line[i:j].strip() for i, j in zip(starts, ends, strict=True)] for line in lines if not line.startswith("=")
+    ]
     rows.insert(1, ["---"] * len(starts))
     return textwrap.indent("\n".join(f"| {' | '.join(row)} |" for row in rows), match[1])
 
@@ -51,6 +54,7 @@ def prose(text: str) -> str:
     text = ROLE.sub(role, text)
     text = re.sub(r"\\ :sup:`(\w+)`(?:\\ )?", lambda m: m[1].translate(SUPERSCRIPT), text)
     text = re.sub(r"\\ :sub:`(\w+)`(?:\\ ?)?", lambda m: m[1].translate(SUBSCRIPT), text)
+    text = re.sub(r"<(?=\w)", "&lt;", text)  # <a, f> is no tag
     return text.replace(r"\|", "|").replace("(*", r"(\*")
 
 
@@ -66,6 +70,7 @@ def markdown(text: str) -> str:
         return replace
 
     text = EXAMPLE.sub(keep(example), MATH.sub(keep(math), text))
+    text = INLINE_MATH.sub(keep(lambda m: f"${m[1]}$"), text)
     return re.sub(r"\0(\d+)\0", lambda m: kept[int(m[1])], prose(text))
 
 
