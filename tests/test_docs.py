@@ -58,6 +58,17 @@ def test_reference_is_complete():
     assert set(documented) == {*td.functional.__all__, *td.modules.__all__, "empty_cache"}
 
 
+def test_examples_are_listed():
+    page = (ROOT / "docs/examples.md").read_text()
+    python = [p for p in ROOT.glob("examples/python/*.py") if "__main__" in p.read_text()]
+    named = [f"examples/python/{p.name}" for p in python] + [
+        f"build/examples/{p.stem}" for p in ROOT.glob("examples/cpp/*.cpp")
+    ]
+    assert named
+    for name in named:
+        assert f"`{name}" in page, name
+
+
 @pytest.mark.slow
 def test_site(tmp_path):
     """No link is dead, no name unknown, no argument undocumented: in strict mode those are errors."""

@@ -1,10 +1,10 @@
 """One cloud of points flows onto another, down the gradient of the Sinkhorn divergence.
 
 Particles that fill a crescent follow dx/dt = -N dS/dx_i until they fill a heart, as in Feydy et al., "Interpolating
-between Optimal Transport and MMD using Sinkhorn Divergences" (2019). The same flow with the entropic cost OT_eps, without
-the self terms that make it a divergence, ends in another place: OT_eps is not least at x = y, and its minimum is the
-target shrunk. Where the particles have arrived is measured by the exact Wasserstein distance W_2 to the target, which
-neither flow knows.
+between Optimal Transport and MMD using Sinkhorn Divergences" (2019). The same flow with the entropic cost OT_eps, which
+lacks the self terms that make S a divergence, ends in another place: OT_eps is not least at x = y, and its minimum is
+the target shrunk. Where the particles have arrived is measured by the exact Wasserstein distance W_2 to the target,
+which neither flow knows.
 
 The program fails unless the divergence falls below 0.1 % of where it began, and the shrunk cloud stays at least 3 times
 as far from the target as the other.
