@@ -4,7 +4,7 @@ import re
 import textwrap
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Docstring, Extension, Object
 
 SUPERSCRIPT = str.maketrans("0123456789pTrd", "⁰¹²³⁴⁵⁶⁷⁸⁹ᵖᵀʳᵈ")
 SUBSCRIPT = str.maketrans("0123456789p", "₀₁₂₃₄₅₆₇₈₉ₚ")
@@ -74,9 +74,21 @@ def markdown(text: str) -> str:
     return re.sub(r"\0(\d+)\0", lambda m: kept[int(m[1])], prose(text))
 
 
+# What a module's methods take is said by their signatures and by the function behind them; without a docstring they
+# would not be shown.
+METHODS = {
+    "forward": "The loss of a batch.",
+    "discriminator": "The discriminator's loss.",
+    "critic": "The critic's loss.",
+    "generator": "The generator's loss.",
+}
+
+
 class RestructuredText(Extension):
     """Griffe calls this for every object that it has read."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)
+        elif obj.is_function and obj.parent is not None and obj.parent.is_class and obj.name in METHODS:
+            obj.docstring = Docstring(METHODS[obj.name], parent=obj)

@@ -108,7 +108,7 @@ def program() -> str:
 
 
 @pytest.mark.slow
-def test_cpp(tmp_path):
+def test_cpp():
     """With the CMake file that the guide shows."""
     ((_, project),) = blocks(ROOT / "docs/cpp.md", "cmake")
     build = ROOT / "build" / "docs-cpp"
