@@ -18,12 +18,13 @@ CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test compat compat-quick sanitize bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test docs compat compat-quick sanitize bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
 	@echo "make test       every test, in both languages"
 	@echo "make build      compile, and install the package into .venv as editable"
+	@echo "make docs       the guide, into build/docs"
 	@echo "make test-cuda  the CUDA kernels, on an emulated GPU"
 	@echo "make lint       formatting, ruff, mypy        make format    format everything"
 	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -41,7 +42,7 @@ demo: build
 	python -m torch_divergence --picture build/comparison.png
 	@echo; echo "more: examples/python/policy_optimization.py (TRPO and PPO)"
 
-test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test
+test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test docs
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
@@ -152,6 +153,12 @@ install-test: build
 	cd $(INSTALL) && PYTHONPATH=site python -c "import torch, torch_divergence as td; \
 	  assert td.__file__.startswith('$(INSTALL)'), td.__file__; \
 	  td.kl_div(torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)).backward()"
+
+# Warnings are errors: a dead link, an unknown name, an argument without a description. It reads the source, no build.
+docs: $(STAMPS)/venv
+	$(call say,guide and reference)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
 
 compat compat-quick: build/configured
 	$(call say,headers of other versions of torch)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch_divergence as td
 
 pytestmark = pytest.mark.slow
@@ -74,3 +75,37 @@ def test_benchmark():
     assert min(times.values()) > 0
     assert len(errors) == 3 * 4
     assert max(errors.values()) < 1e-4
+
+
+def test_gradient_flow(tmp_path):
+    picture = tmp_path / "flow.png"
+    output = run(sys.executable, ROOT / "examples/python/gradient_flow.py", "--quick", "--picture", picture)
+    first, last = map(float, re.search(r"^divergence (\S+) -> (\S+): \S+ % is left$", output, re.M).groups())
+    assert 0 < last < 0.001 * first
+    arrived, shrunk = map(
+        float, re.search(r"^W2 to the target \S+ -> (\S+), with OT_eps (\S+),", output, re.M).groups()
+    )
+    assert shrunk > 3 * arrived > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_colour_transfer(tmp_path):
+    picture = tmp_path / "colours.png"
+    output = run(sys.executable, ROOT / "examples/python/colour_transfer.py", "--quick", "--picture", picture)
+    before, after = map(float, re.search(r"^divergence of the colours (\S+) -> (\S+): ", output, re.M).groups())
+    assert 0 < 20 * after < before
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_colour_transfer_of_ones_own_photographs(tmp_path):
+    """Of a ramp of red and green, and of the same at a third of its light."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    ramp = torch.linspace(0, 1, 64)
+    photograph = torch.stack((ramp.expand(64, 64), ramp.expand(64, 64).T, torch.full((64, 64), 0.5)), -1)
+    for name, image in (("a.png", photograph), ("b.png", photograph / 3)):
+        pyplot.imsave(tmp_path / name, image.numpy())
+    files = tmp_path / "a.png", tmp_path / "b.png"
+    picture = tmp_path / "own.png"
+    output = run(sys.executable, ROOT / "examples/python/colour_transfer.py", *files, "--quick", "--picture", picture)
+    before, after = map(float, re.search(r"^divergence of the colours (\S+) -> (\S+): ", output, re.M).groups())
+    assert 0 < 20 * after < before

@@ -77,10 +77,15 @@ def ppo_kl_penalty_loss(
     r"""The penalised surrogate of the same paper: mean(-r A + kl_coef kl), r = exp(log_prob - old_log_prob).
 
     Args:
-        log_prob, old_log_prob, advantage, row_weight, reduction, normalizer: as in :func:`ppo_clip_loss`.
+        log_prob: as in :func:`ppo_clip_loss`.
+        old_log_prob: as there.
+        advantage: as there.
         kl: the divergence from the old policy, of the shape of the others or a scalar: of :func:`kl_div` with
             ``reduction="none"``, or of :func:`kl_estimate`.
         kl_coef: not negative; :class:`AdaptiveKLController` steers it.
+        row_weight: as in :func:`ppo_clip_loss`.
+        reduction: as there.
+        normalizer: as there.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.

@@ -9,13 +9,16 @@ _NAME = "trust_region_step"
 
 
 class TrustRegionResult(NamedTuple):
-    """What :func:`trust_region_step` did."""
+    """What :func:`trust_region_step` did.
 
-    #: Were the parameters changed?
+    Attributes:
+        accepted: were the parameters changed?
+        kl: KL(old || new) measured after the step; 0 if it was refused.
+        improvement: of the surrogate; 0 if the step was refused.
+    """
+
     accepted: bool
-    #: KL(old || new) measured after the step; 0 if it was refused.
     kl: float
-    #: Of the surrogate; 0 if the step was refused.
     improvement: float
 
 
