@@ -2,8 +2,10 @@
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from digits import Digits
 from torch import Tensor, nn
 
 BATCH = 64
+LATENT, HIDDEN = 16, 128  # of generators and critics
+MAX_JS = 0.05  # nats, between the classes of samples and of training images
 # 97.5 % quantile of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors.
 T_QUANTILE = {2: 4.303, 4: 2.776, 9: 2.262}
 
@@ -75,3 +79,105 @@ def show(axes: Any, images: Tensor, columns: int, title: str) -> None:
     axes.imshow(tile(images, columns), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set(title=title, xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def make_generator() -> nn.Sequential:
+    """Turns Gaussian latents (n, LATENT) into images (n, 1, 8, 8)."""
+    return nn.Sequential(
+        nn.Linear(LATENT, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
+        nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
+        nn.Linear(HIDDEN, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)),
+    )  # fmt: skip
+
+
+def make_critic(dropout: float = 0.0) -> nn.Sequential:
+    """One number for each image: a discriminator's logit or a critic's score."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, HIDDEN), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+        nn.Linear(HIDDEN, HIDDEN), nn.LeakyReLU(0.2), nn.Dropout(dropout),
+        nn.Linear(HIDDEN, 1), nn.Flatten(0),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, n: int) -> Tensor:
+    """Samples in evaluation mode, the same each time for the same generator."""
+    generator.eval()
+    samples = generator(torch.randn(n, LATENT, generator=torch.Generator().manual_seed(0)))
+    generator.train()
+    return samples
+
+
+class Verdict(NamedTuple):
+    classes: Tensor  # of each sample, by the classifier
+    found: int  # of the ten digits
+    js: float
+    distance: float
+
+
+class Judge:
+    """Measures samples with a classifier that their generator never met, and by a distance to the test images.
+
+    - A digit is found if at least 2 % of the samples are classified as it: a fifth of an equal share.
+    - JS is the Jensen-Shannon divergence, in nats, of the samples' classes to those of the training labels.
+    - The distance is the Sinkhorn divergence of as many samples as there are test images. On its scale `near` is that
+      of training images, and `far` that of images whose pixels are drawn independently, each from the training images.
+    """
+
+    def __init__(self, data: Digits) -> None:
+        self.classifier = train_classifier(data, epochs=10)
+        self.test_images = data.test_images
+        self.shares = data.train_labels.bincount(minlength=10) / len(data.train_labels)
+        self.near = self.distance(data.train_images)
+        pixels = data.train_images.flatten(1)
+        rows = torch.randint(len(pixels), pixels.shape, generator=torch.Generator().manual_seed(0))
+        self.far = self.distance(pixels.gather(0, rows))
+
+    def distance(self, images: Tensor) -> float:
+        """|x - y|^2 / 2 between images, moved at least cost."""
+        x, y = images[: len(self.test_images)].flatten(1), self.test_images.flatten(1)
+        return td.sinkhorn_divergence(x, y, blur=0.5).item()
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Verdict:
+        classes = self.classifier(samples).argmax(dim=1)
+        shares = classes.bincount(minlength=10) / len(classes)
+        js = td.js_div(shares, self.shares, space="probs").item()
+        return Verdict(classes, int((shares >= 0.02).sum()), js, self.distance(samples))
+
+    def report(self, name: str, verdict: Verdict) -> bool:
+        """Prints the line that says how good the samples are, and whether they pass."""
+        print(
+            f"{name}: {verdict.found} of 10 digits, JS of the classes {verdict.js:.4f}, "
+            f"distance {verdict.distance:.3f} (training images {self.near:.3f}, independent pixels {self.far:.3f})"
+        )
+        passed = verdict.found == 10 and verdict.js < MAX_JS and verdict.distance < (self.near + self.far) / 2
+        if not passed:
+            print(
+                f"FAILED: all digits, JS below {MAX_JS} and a distance nearer to training images expected",
+                file=sys.stderr,
+            )
+        return passed
+
+    def draw(self, path: Path, title: str, samples: Tensor, curve: dict[int, float], label: str) -> None:
+        """Samples of each class, the shares of the classes, and what was measured by step of the training."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        classes = self(samples).classes
+        figure, axes = plt.subplot_mosaic("ab;ac", figsize=(10, 5.2), layout="constrained", width_ratios=(1.15, 1))
+        columns = 12
+        chosen = torch.cat([samples[classes == digit][:columns] for digit in range(10)])
+        show(axes["a"], chosen, columns, f"{title}: samples, a row for each class the classifier sees")
+        digits, shares = torch.arange(10), classes.bincount(minlength=10) / len(classes)
+        axes["b"].bar(digits - 0.2, self.shares, 0.4, color="0.7", label="training images")
+        axes["b"].bar(digits + 0.2, shares, 0.4, color="tab:blue", label="samples")
+        axes["b"].set(title="share of each class", xticks=digits, ylim=(0, 0.19))
+        axes["b"].legend(loc="upper right", ncols=2, frameon=False)
+        axes["c"].plot(list(curve), list(curve.values()), color="tab:blue")
+        axes["c"].set(title=label, xlabel="steps of the generator", xlim=0, ylim=0)
+        axes["c"].grid(alpha=0.3)
+        figure.savefig(path, dpi=100)
