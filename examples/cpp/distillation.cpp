@@ -71,7 +71,7 @@ nn::Sequential train_teacher(const Digits& data, int epochs) {
   for (int epoch = 1; epoch <= epochs; ++epoch) {
     for (const auto& batch : torch::randperm(data.train_images.size(0), torch::kLong).split(kBatch)) {
       auto logits = teacher->forward(shift(data.train_images.index({batch})));
-      auto loss = F::cross_entropy(logits, data.train_labels.index({batch}));
+      auto loss = td::cross_entropy(logits, data.train_labels.index({batch}));
       optimizer.zero_grad();
       loss.backward();
       optimizer.step();
@@ -92,7 +92,7 @@ double train_student(const Digits& data, const std::optional<torch::Tensor>& tea
   const auto options = td::KLDivOptions().temperature(kTemperature);
   for (int epoch = 1; epoch <= epochs; ++epoch) {
     for (const auto& batch : torch::randperm(data.train_images.size(0), torch::kLong).split(kBatch)) {
-      auto loss = F::cross_entropy(student->forward(images), labels);
+      auto loss = td::cross_entropy(student->forward(images), labels);
       if (teacher_logits) {
         auto kl =
             td::kl_div(student->forward(data.train_images.index({batch})), teacher_logits->index({batch}), options);

@@ -14,66 +14,24 @@ The gain in test accuracy is measured over 10 seeds. The program fails if the te
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torch_divergence as td
+from common import BATCH, accuracy, mean_interval, train_classifier
 from digits import Digits, load_digits
 from torch import Tensor, nn
 
 TEMPERATURE = 4.0
 ALPHA = 0.9
 N_LABELLED = 100
-BATCH = 64
-# 97.5 % quantile of Student's t by degrees of freedom: the half-width of a 95 % interval in standard errors.
-T_QUANTILE = {4: 2.776, 9: 2.262}
-
-
-def make_teacher() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.25), nn.Linear(32 * 4 * 4, 10),
-    )  # fmt: skip
 
 
 def make_student() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-
-
-@torch.no_grad()
-def test_accuracy(model: nn.Module, data: Digits) -> float:
-    """In per cent."""
-    model.eval()
-    correct = model(data.test_images).argmax(dim=1) == data.test_labels
-    model.train()
-    return 100 * correct.float().mean().item()
-
-
-def shift(images: Tensor) -> Tensor:
-    """The images moved by at most one pixel in each direction, all by the same."""
-    dy, dx = torch.randint(3, (2,)).tolist()
-    return F.pad(images, (1, 1, 1, 1))[:, :, dy : dy + 8, dx : dx + 8]
-
-
-def train_teacher(data: Digits, epochs: int) -> nn.Module:
-    torch.manual_seed(0)
-    teacher = make_teacher()
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=5e-3)
-    for epoch in range(epochs):
-        for batch in torch.randperm(len(data.train_images)).split(BATCH):
-            loss = F.cross_entropy(teacher(shift(data.train_images[batch])), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if (epoch + 1) % 5 == 0:
-            print(f"  epoch {epoch + 1:2d}  test accuracy {test_accuracy(teacher, data):.1f} %", flush=True)
-    return teacher.eval()
 
 
 def train_student(data: Digits, teacher_logits: Tensor | None, seed: int, epochs: int) -> list[float]:
@@ -83,18 +41,18 @@ def train_student(data: Digits, teacher_logits: Tensor | None, seed: int, epochs
     images, labels = data.train_images[labelled], data.train_labels[labelled]
     student = make_student()
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-3)
-    accuracy = []
+    percents = []
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_images)).split(BATCH):
-            loss = F.cross_entropy(student(images), labels)
+            loss = td.cross_entropy(student(images), labels)
             if teacher_logits is not None:
                 kl = td.kl_div(student(data.train_images[batch]), teacher_logits[batch], temperature=TEMPERATURE)
                 loss = ALPHA * TEMPERATURE**2 * kl + (1 - ALPHA) * loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        accuracy.append(test_accuracy(student, data))
-    return accuracy
+        percents.append(accuracy(student, data.test_images, data.test_labels))
+    return percents
 
 
 def draw(path: Path, alone: Tensor, distilled: Tensor, teacher_accuracy: float) -> None:
@@ -130,8 +88,8 @@ def main() -> int:
 
     data = load_digits()
     print(f"teacher: all {len(data.train_images)} labels", flush=True)
-    teacher = train_teacher(data, teacher_epochs)
-    teacher_accuracy = test_accuracy(teacher, data)
+    teacher = train_classifier(data, teacher_epochs)
+    teacher_accuracy = accuracy(teacher, data.test_images, data.test_labels)
     with torch.no_grad():
         teacher_logits = teacher(data.train_images)
 
@@ -144,8 +102,7 @@ def main() -> int:
 
     draw(options.picture, torch.tensor(alone), torch.tensor(distilled), teacher_accuracy)
     gains = [d[-1] - a[-1] for a, d in zip(alone, distilled, strict=True)]
-    gain = statistics.mean(gains)
-    half_width = T_QUANTILE[n_seeds - 1] * statistics.stdev(gains) / math.sqrt(n_seeds)
+    gain, half_width = mean_interval(gains)
     print(f"teacher {teacher_accuracy:.2f} %")
     print(f"student alone {statistics.mean(a[-1] for a in alone):.2f} %")
     print(f"student distilled {statistics.mean(d[-1] for d in distilled):.2f} %")
