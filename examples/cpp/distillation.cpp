@@ -17,11 +17,10 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <optional>
-#include <string>
 
 #include "digits.h"
+#include "program.h"
 
 namespace td = torch_divergence;
 namespace nn = torch::nn;
@@ -153,17 +152,4 @@ int run(bool quick) {
   return 0;
 }
 
-int main(int argc, char** argv) {
-  std::setvbuf(stdout, nullptr, _IOLBF, 1 << 12);  // progress appears line by line in a pipe too
-  const bool quick = argc == 2 && std::string(argv[1]) == "--quick";
-  if (argc > 1 && !quick) {
-    std::fprintf(stderr, "usage: distillation [--quick]\n");
-    return 2;
-  }
-  try {
-    return run(quick);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return run_program(argc, argv, run); }
