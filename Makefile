@@ -40,7 +40,8 @@ demo: build
 	build/examples/distillation
 	$(call say,KL$(,) JS and Wasserstein compared)
 	python -m torch_divergence --picture build/comparison.png
-	@echo; echo "more: examples/python/policy_optimization.py (TRPO and PPO)"
+	@echo; echo "more, in Python and in C++ (docs/examples.md): vae, gan, wgan, policy_optimization;"; \
+	echo "in Python: domain_alignment, gradient_flow, colour_transfer"
 
 test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test docs
 	$(call say,all tests passed)
