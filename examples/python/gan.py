@@ -76,7 +76,9 @@ def main() -> int:
                 print(f"  step {step}  JS estimate {curve[step]:.3f}  {verdict.found} digits", flush=True)
 
     if options.picture:
-        judge.draw(options.picture, "GAN", samples, curve, "JS(data, samples) that the discriminator sees, nats")
+        judge.draw(
+            options.picture, "samples of the GAN", samples, curve, "JS(data, samples) seen by the discriminator, nats"
+        )
         print(f"picture {options.picture.resolve()}")
     print(f"time {time.perf_counter() - start:.0f} s")
     return 0 if judge.report("gan", verdict) else 1
