@@ -170,8 +170,9 @@ class Judge:
         classes = self(samples).classes
         figure, axes = plt.subplot_mosaic("ab;ac", figsize=(10, 4.8), layout="constrained", width_ratios=(1.2, 1))
         columns = 12
-        chosen = torch.cat([samples[classes == digit][:columns] for digit in range(10)])
-        show(axes["a"], chosen, columns, f"{title}, a row for each class")
+        rows = [samples[classes == digit][:columns] for digit in range(10)]
+        rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, columns - len(row))) for row in rows]  # white where a class is rare
+        show(axes["a"], torch.cat(rows), columns, f"{title}, a row for each class")
         digits, shares = torch.arange(10), classes.bincount(minlength=10) / len(classes)
         axes["b"].bar(digits - 0.2, self.shares, 0.4, color="0.7", label="training images")
         axes["b"].bar(digits + 0.2, shares, 0.4, color="tab:blue", label="samples")

@@ -98,7 +98,7 @@ def draw(path: Path, data: Digits, result: Result) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplot_mosaic("abc;dbc", figsize=(12, 4.6), layout="constrained", width_ratios=(1, 1.5, 1.5))
+    figure, axes = plt.subplot_mosaic("abc;dbc", figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1.5, 1.5))
     show(axes["a"], data.test_images[:32], 8, "source, with labels")
     show(axes["d"], to_target(data.test_images[:32]), 8, "target, without")
     for name, title, (source, target) in (
@@ -108,7 +108,7 @@ def draw(path: Path, data: Digits, result: Result) -> None:
         both = torch.cat((source, target))
         _, _, components = torch.pca_lowrank(both, q=2)
         for digit in range(10):
-            chosen = data.test_labels == digit
+            chosen = (data.test_labels == digit).nonzero().squeeze(1)[:30]
             color = plt.cm.tab10(digit)
             axes[name].scatter(*(source[chosen] @ components).T, s=16, color=color, alpha=0.35, linewidth=0)
             axes[name].scatter(*(target[chosen] @ components).T, s=16, color=color, marker="x", label=str(digit))

@@ -23,7 +23,7 @@ from common import LATENT, Judge, generate, make_critic, make_generator
 from digits import load_digits
 from torch import Tensor, nn
 
-STEPS, QUICK_STEPS = 6000, 2000
+STEPS, QUICK_STEPS = 6000, 3000
 BATCH, LEARNING_RATE, BETAS = 64, 1e-3, (0.5, 0.99)
 DROPOUT = 0.3  # in the discriminator: without, it learns the training images by heart
 SAMPLES = 2000
