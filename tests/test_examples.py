@@ -57,6 +57,51 @@ def test_cpp_distillation(python_distillation):
     assert accuracy == pytest.approx(expected, abs=1.0), (accuracy, expected)
 
 
+def example(name: str, picture: Path, *options: str) -> str:
+    """The output of the Python example in its short form, which must have drawn its picture."""
+    output = run(sys.executable, ROOT / f"examples/python/{name}.py", "--quick", "--picture", picture, *options)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return output
+
+
+def numbers(pattern: str, output: str) -> list[float]:
+    """The figures in the line that is the pattern, in which # stands for a number."""
+    line = re.escape(pattern).replace(r"\#", r"([+-]?\d+\.?\d*)")
+    return [float(number) for number in re.search(f"^{line}$", output, re.M).groups()]
+
+
+def test_python_vae(tmp_path):
+    pattern = "vae: negative ELBO of the test images # nats, KL #, without a latent #"
+    loss, kl, baseline = numbers(pattern, example("vae", tmp_path / "vae.png"))
+    assert loss <= baseline - 1.5
+    assert kl > 1  # the latent is used
+
+
+@pytest.mark.parametrize(
+    "name, options, title",
+    (
+        ("gan", (), "gan"),
+        ("wgan", (), "wgan by gradient-penalty"),
+        ("wgan", ("--loss", "weight-clipping"), "wgan by weight-clipping"),
+        ("wgan", ("--loss", "sinkhorn"), "wgan by sinkhorn"),
+    ),
+)
+def test_python_generators(name, options, title, tmp_path):
+    pattern = f"{title}: # of 10 digits, JS of the classes #, distance # (training images #, independent pixels #)"
+    found, js, distance, near, far = numbers(pattern, example(name, tmp_path / "samples.png", *options))
+    assert found == 10
+    assert 0 < js < 0.05
+    assert 0 < near < far
+    assert distance < (near + far) / 2
+
+
+def test_python_domain_alignment(tmp_path):
+    pattern = "domain alignment: target # % before, # % after, gain # points, 95 % interval [#, #], 5 seeds"
+    before, after, gain, low, high = numbers(pattern, example("domain_alignment", tmp_path / "features.png"))
+    assert 0 < low < gain < high
+    assert gain == pytest.approx(after - before, abs=0.011)
+
+
 @pytest.mark.parametrize("algorithm", ("trpo", "ppo"))
 def test_python_policy_optimization(algorithm):
     output = run(sys.executable, ROOT / "examples/python/policy_optimization.py", "--algorithm", algorithm)

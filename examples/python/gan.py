@@ -23,7 +23,7 @@ from common import LATENT, Judge, generate, make_critic, make_generator
 from digits import load_digits
 from torch import Tensor, nn
 
-STEPS, QUICK_STEPS = 6000, 2000
+STEPS, QUICK_STEPS = 6000, 3000
 BATCH, LEARNING_RATE, BETAS = 64, 1e-3, (0.5, 0.99)
 DROPOUT = 0.3  # in the discriminator: without, it learns the training images by heart
 SAMPLES = 2000
@@ -76,7 +76,9 @@ def main() -> int:
                 print(f"  step {step}  JS estimate {curve[step]:.3f}  {verdict.found} digits", flush=True)
 
     if options.picture:
-        judge.draw(options.picture, "GAN", samples, curve, "JS(data, samples) that the discriminator sees, nats")
+        judge.draw(
+            options.picture, "samples of the GAN", samples, curve, "JS(data, samples) seen by the discriminator, nats"
+        )
         print(f"picture {options.picture.resolve()}")
     print(f"time {time.perf_counter() - start:.0f} s")
     return 0 if judge.report("gan", verdict) else 1

@@ -25,6 +25,11 @@ from common import LATENT, Judge, generate, make_critic, make_generator
 from digits import load_digits
 from torch import Tensor, nn
 
+LOSSES = {  # and what each measures
+    "gradient-penalty": "critic's estimate of W_1(data, samples)",
+    "weight-clipping": "critic's estimate of W_1, up to a factor",
+    "sinkhorn": "Sinkhorn divergence to the test images",
+}
 STEPS, QUICK_STEPS = 2000, 600  # of the generator
 SAMPLES = 2000
 
@@ -97,8 +102,7 @@ class Sinkhorn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    losses = ("gradient-penalty", "weight-clipping", "sinkhorn")
-    parser.add_argument("--loss", choices=losses, default=losses[0])
+    parser.add_argument("--loss", choices=LOSSES, default="gradient-penalty")
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--picture", type=Path, help="where to draw")
     options = parser.parse_args()
@@ -124,8 +128,7 @@ def main() -> int:
                 print(f"  step {step}  distance by the loss {curve[step]:.3f}  {verdict.found} digits", flush=True)
 
     if options.picture:
-        label = "Sinkhorn divergence" if options.loss == "sinkhorn" else "critic's estimate of the distance"
-        judge.draw(options.picture, f"by {options.loss}", samples, curve, f"{label} of samples to test images")
+        judge.draw(options.picture, f"samples by {options.loss}", samples, curve, LOSSES[options.loss])
         print(f"picture {options.picture.resolve()}")
     print(f"time {time.perf_counter() - start:.0f} s")
     return 0 if judge.report(f"wgan by {options.loss}", verdict) else 1
