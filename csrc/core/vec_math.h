@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #define TD_INLINE inline __attribute__((always_inline))
 
@@ -22,6 +23,16 @@ template <class A>
 inline constexpr int kLanes = Vec<A>::size();
 template <class A>
 inline constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// f(0) ... f(N - 1), each a constant. Loops over arrays of vectors are written with it: GCC unrolls its own loops only
+// after it has decided which arrays can live in registers.
+template <int N, class F>
+TD_INLINE void unrolled(const F& f) {
+  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, k>()), ...);
+  }
+  (std::make_integer_sequence<int, N>());
+}
 
 // Arithmetic happens in A: float for float and the half types, double for double and wherever float is not enough.
 

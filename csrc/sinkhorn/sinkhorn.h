@@ -56,7 +56,7 @@ struct SoftMin {
   Pairs pairs;
   const void* score;  // A, padded with kNoScore: log2 b_j + g_j log2e/eps
   double inv_eps;
-  double* out;
+  double* out;  // going in: a guess of what comes out, which saves the search for the largest term; any number will do
 };
 
 // The same for eps above the spread of C, where the sum is near m_b: with s_i = max_j g_j - C_ij over b_j > 0,

@@ -49,8 +49,10 @@ TD_INLINE Vec<A> exp2_fraction(Vec<A> r) {
 }
 TD_INLINE Vec<float> exp2_of(Vec<float> t) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // 0x9: t - floor(t), no inexact flag. scalef takes the floor of its exponent itself.
-  return _mm512_scalef_ps(exp2_fraction<float>(_mm512_reduce_ps(t, 0x9)), t);
+  // 0x9: t - floor(t), no inexact flag. scalef takes the floor of its exponent itself. Below the normal range, 0: a
+  // subnormal result costs the processor a hundred times a normal one.
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.f), _CMP_NLT_UQ),
+                                exp2_fraction<float>(_mm512_reduce_ps(t, 0x9)), t);
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256 k = _mm256_floor_ps(t);
   const __m256 y = exp2_fraction<float>(_mm256_sub_ps(t, k));
@@ -68,7 +70,8 @@ TD_INLINE Vec<float> exp2_of(Vec<float> t) {
 }
 TD_INLINE Vec<double> exp2_of(Vec<double> t) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_scalef_pd(exp2_fraction<double>(_mm512_reduce_pd(t, 0x9)), t);
+  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(t, _mm512_set1_pd(-1022.), _CMP_NLT_UQ),
+                                exp2_fraction<double>(_mm512_reduce_pd(t, 0x9)), t);
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m256d k = _mm256_floor_pd(t);
   const __m256d y = exp2_fraction<double>(_mm256_sub_pd(t, k));
@@ -81,6 +84,16 @@ TD_INLINE Vec<double> exp2_of(Vec<double> t) {
   t.store(lanes);
   for (double& v : lanes) v = v < -1022. ? 0. : std::exp2(v);
   return Vec<double>::loadu(lanes);
+#endif
+}
+
+// Where t is above the range it gives something above 2^100.
+template <class A>
+TD_INLINE Vec<A> exp2_capped(Vec<A> t) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return exp2_of(t);
+#else
+  return exp2_of(min_of(t, Vec<A>(A(120))));
 #endif
 }
 
@@ -127,23 +140,27 @@ template <class A, int R, int V>
 TD_INLINE void squared_distances_block(const Pairs& p, int64_t i, const A* y, A* const (&out)[R]) {
   const A* const x = static_cast<const A*>(p.x);
   Vec<A> s[R][V];
-  for (auto& row : s)
-    for (auto& v : row) v = Vec<A>(A(0));
   int64_t at[R];
-  for (int r = 0; r < R; ++r) at[r] = row_of(p, i + r);
+  const auto each_row = [](const auto& f) __attribute__((always_inline)) { unrolled<R>(f); };
+  const auto each_vector = [](const auto& f) __attribute__((always_inline)) { unrolled<V>(f); };
+  each_row([&](auto r) __attribute__((always_inline)) {
+    at[r] = row_of(p, i + r);
+    each_vector([&](auto v) __attribute__((always_inline)) { s[r][v] = Vec<A>(A(0)); });
+  });
   for (int64_t k = 0; k < p.dims; ++k) {
     Vec<A> yk[V];
-    for (int v = 0; v < V; ++v) yk[v] = load<A>(y + k * p.y_stride + v * kLanes<A>);
-    for (int r = 0; r < R; ++r) {
+    each_vector([&](auto v) __attribute__((always_inline)) { yk[v] = load<A>(y + k * p.y_stride + v * kLanes<A>); });
+    each_row([&](auto r) __attribute__((always_inline)) {
       const Vec<A> xk(x[k * p.x_stride + at[r]]);
-      for (int v = 0; v < V; ++v) {
+      each_vector([&](auto v) __attribute__((always_inline)) {
         const Vec<A> d = xk - yk[v];
         s[r][v] = fmadd(d, d, s[r][v]);
-      }
-    }
+      });
+    });
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) s[r][v].store(out[r] + v * kLanes<A>);
+  each_row([&](auto r) __attribute__((always_inline)) {
+    each_vector([&](auto v) __attribute__((always_inline)) { s[r][v].store(out[r] + v * kLanes<A>); });
+  });
 }
 template <class A, int R>
 void squared_distances_any(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
@@ -217,37 +234,134 @@ TD_INLINE void for_tiles(const Pairs& p, const F& f) {
 
 // -- Soft minima ------------------------------------------------------------------------------------------------------
 
-// Each lane keeps a maximum and a sum of its own, so that no tile ends in a horizontal reduction.
+// sum_r = sum_j 2^(score_j - C_rj slope - guess_r) for few dimensions: a pair is D differences and one power of 2, all
+// in registers.
+template <class A, int D>
+void guessed_sums_of(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows], double (&sum)[kRows]) {
+  const Pairs& p = call.pairs;
+  const A *const x = static_cast<const A*>(p.x), *const y = static_cast<const A*>(p.y),
+                 *const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  Vec<A> xi[kRows][D];
+  unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<D>([&](auto k)
+                    __attribute__((always_inline)) { xi[r][k] = Vec<A>(x[k * p.x_stride + row_of(p, i + r)]); });
+  });
+  const auto sums = [&](auto root) __attribute__((always_inline)) {
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          Vec<A> part[kRows];
+          unrolled<kRows>([&](auto r) __attribute__((always_inline)) { part[r] = Vec<A>(A(0)); });
+          for (int64_t l = j; l < j + count; l += kLanes<A>) {
+            Vec<A> yk[D];
+            unrolled<D>([&](auto k) __attribute__((always_inline)) { yk[k] = load<A>(y + k * p.y_stride + l); });
+            const Vec<A> s = load<A>(score + l);
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+              const Vec<A> first = xi[r][0] - yk[0];
+              Vec<A> c = first * first;
+              unrolled<D - 1>([&](auto k) __attribute__((always_inline)) {
+                const Vec<A> d = xi[r][k + 1] - yk[k + 1];
+                c = fmadd(d, d, c);
+              });
+              if constexpr (decltype(root)::value) c = c.sqrt();
+              part[r] = part[r] + exp2_capped<A>(fmadd(c, slope, s - guess[r]));
+            });
+          }
+          unrolled<kRows>([&](auto r) __attribute__((always_inline)) { sum[r] += sum_of(part[r]); });
+        });
+  };
+  p.cost == kEuclidean ? sums(std::true_type()) : sums(std::false_type());
+}
+
+// The same for any cost.
 template <class A>
-void soft_min_rows(const SoftMin& call, int64_t begin, int64_t end) {
+void guessed_sums_any(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows], double (&sum)[kRows]) {
   const Pairs& p = call.pairs;
   const A* const score = static_cast<const A*>(call.score);
   const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
   Rows<A, kRows> tile;
-  for (int64_t i = begin; i < end; i += kRows) {
-    Vec<A> best[kRows], sum[kRows];
-    for (int r = 0; r < kRows; ++r) best[r] = Vec<A>(static_cast<A>(kNoScore)), sum[r] = Vec<A>(A(0));
-    for_tiles(
-        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-          raw_costs<A, kRows>(p, i, j, count, tile);
-          for (int r = 0; r < kRows; ++r) {
-            Vec<A> top = best[r];
-            for (int64_t l = 0; l < count; l += kLanes<A>) {
-              const Vec<A> s = fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l));
-              s.store(tile[r] + l);
-              top = max_of(s, top);
-            }
-            Vec<A> part(A(0));
-            for (int64_t l = 0; l < count; l += kLanes<A>) part = part + exp2_of(load<A>(tile[r] + l) - top);
-            sum[r] = fmadd(sum[r], exp2_of(best[r] - top), part);
-            best[r] = top;
+  for_tiles(
+      p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+        raw_costs<A, kRows>(p, i, j, count, tile);
+        for (int r = 0; r < kRows; ++r) {
+          Vec<A> part(A(0));
+          for (int64_t l = 0; l < count; l += kLanes<A>)
+            part = part + exp2_capped<A>(fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l) - guess[r]));
+          sum[r] += sum_of(part);
+        }
+      });
+}
+
+// False where a guess was too far off: terms that matter may have left the range.
+template <class A>
+bool soft_min_from_guess(const SoftMin& call, int64_t i, int64_t count) {
+  const Pairs& p = call.pairs;
+  Vec<A> guess[kRows];
+  A near[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    near[r] = static_cast<A>(call.out[std::min(i + r, i + count - 1)]);
+    guess[r] = Vec<A>(near[r]);
+  }
+  double sum[kRows] = {};
+  switch (p.cost == kCostMatrix ? 0 : p.dims) {
+    case 1:
+      guessed_sums_of<A, 1>(call, i, guess, sum);
+      break;
+    case 2:
+      guessed_sums_of<A, 2>(call, i, guess, sum);
+      break;
+    case 3:
+      guessed_sums_of<A, 3>(call, i, guess, sum);
+      break;
+    case 4:
+      guessed_sums_of<A, 4>(call, i, guess, sum);
+      break;
+    default:
+      guessed_sums_any<A>(call, i, guess, sum);
+  }
+  for (int r = 0; r < count; ++r)
+    if (!(sum[r] > 0x1p-60 && sum[r] < 0x1p100)) return false;
+  for (int r = 0; r < count; ++r) call.out[i + r] = static_cast<double>(near[r]) + std::log2(sum[r]);
+  return true;
+}
+
+// Each lane keeps a maximum and a sum of its own, so that no tile ends in a horizontal reduction.
+template <class A>
+void soft_min_from_maximum(const SoftMin& call, int64_t i, int64_t rows) {
+  const Pairs& p = call.pairs;
+  const A* const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  Rows<A, kRows> tile;
+  Vec<A> best[kRows], sum[kRows];
+  for (int r = 0; r < kRows; ++r) best[r] = Vec<A>(static_cast<A>(kNoScore)), sum[r] = Vec<A>(A(0));
+  for_tiles(
+      p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+        raw_costs<A, kRows>(p, i, j, count, tile);
+        for (int r = 0; r < kRows; ++r) {
+          Vec<A> top = best[r];
+          for (int64_t l = 0; l < count; l += kLanes<A>) {
+            const Vec<A> s = fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l));
+            s.store(tile[r] + l);
+            top = max_of(s, top);
           }
-        });
-    for (int r = 0; r < kRows && i + r < end; ++r) {
-      const A top = max_lane(best[r]);
-      const double total = sum_of(sum[r] * exp2_of(best[r] - Vec<A>(top)));
-      call.out[i + r] = static_cast<double>(top) + std::log2(total);
-    }
+          Vec<A> part(A(0));
+          for (int64_t l = 0; l < count; l += kLanes<A>) part = part + exp2_of(load<A>(tile[r] + l) - top);
+          sum[r] = fmadd(sum[r], exp2_of(best[r] - top), part);
+          best[r] = top;
+        }
+      });
+  for (int r = 0; r < rows; ++r) {
+    const A top = max_lane(best[r]);
+    const double total = sum_of(sum[r] * exp2_of(best[r] - Vec<A>(top)));
+    call.out[i + r] = static_cast<double>(top) + std::log2(total);
+  }
+}
+
+template <class A>
+void soft_min_rows(const SoftMin& call, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, end - i);
+    if (!soft_min_from_guess<A>(call, i, rows)) soft_min_from_maximum<A>(call, i, rows);
   }
 }
 

@@ -88,7 +88,7 @@ class Sample {
       }
   }
 
-  // The soft c-transform onto `side` of a problem over these pairs.
+  // The soft c-transform onto `side` of a problem over these pairs. out: going in, the potential of that side so far.
   void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) const {
     const bool rows = side == Side::Rows;
     const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
@@ -109,6 +109,7 @@ class Sample {
     const auto score = columns(cols, kNoScore, [&](size_t j) {
       return weight[j] > 0 ? std::log2(weight[j]) + (potential[j] - col_offset[j]) * inv_eps * kLog2e : kNoScore;
     });
+    for (size_t i = 0; i < out.size(); ++i) out[i] = (row_offset[i] - out[i]) * inv_eps * kLog2e;
     run_rows(TD_CPU_KERNEL(sinkhorn_soft_min), SoftMin{pairs(side), score.data(), inv_eps, out.data()});
     for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - eps / kLog2e * out[i];
   }

@@ -89,11 +89,33 @@ Vector solve_small(std::vector<Vector> A, Vector b) {
 // last differences of r and G:
 //   gamma = argmin |r - dR gamma|_b^2 + 1e-10 trace |gamma|^2,    next g = G(g) - dG gamma.
 // Weightless atoms take the plain step, which is their soft c-transform. Error above twice the best: plain step.
+//
+// Far from the solution a combination may throw the iteration back, again and again. The dual tells: plain steps never
+// lower it. Where a step has, take_back() returns the plain one in its place, the history starts anew, and ever more
+// plain steps are taken before the next combination.
 class Anderson {
  public:
   explicit Anderson(const Vector& b) : b_(b) {}
 
+  // dual: its value at g, whose error in arithmetic is below `noise`. Was the last step one to take back?
+  bool lowered(double dual, double noise) {
+    const bool worse = mixed_ && dual < last_dual_ - noise;
+    if (!worse) last_dual_ = dual;
+    return worse;
+  }
+  Vector take_back() {
+    mixed_ = false;
+    d_r_.clear();
+    d_g_.clear();
+    last_r_.clear();
+    best_ = kInf;
+    pause_ = wait_;
+    wait_ = std::min<int64_t>(2 * wait_, 64);
+    return last_g_;
+  }
+
   Vector step(const Vector& g, const Vector& r, double error) {
+    mixed_ = false;
     const size_t m = g.size();
     Vector G(m);
     for (size_t j = 0; j < m; ++j) G[j] = g[j] + r[j];
@@ -110,6 +132,10 @@ class Anderson {
     last_r_ = r;
     last_g_ = G;
     best_ = std::min(best_, error);
+    if (pause_ > 0) {
+      --pause_;
+      return G;
+    }
     if (d_r_.empty() || !(error <= 2 * best_)) return G;
 
     const size_t n = d_r_.size();
@@ -131,6 +157,7 @@ class Anderson {
       for (size_t k = 0; k < n; ++k) mixed[j] -= gamma[k] * d_g_[k][j];
       if (!std::isfinite(mixed[j])) return G;
     }
+    mixed_ = true;
     return mixed;
   }
 
@@ -145,7 +172,9 @@ class Anderson {
   }
 
   const Vector& b_;
-  double best_ = kInf;
+  double best_ = kInf, last_dual_ = -kInf;
+  bool mixed_ = false;
+  int64_t pause_ = 0, wait_ = 2;  // plain steps to come, and after the next step that is taken back
   Vector last_r_, last_g_;
   std::deque<Vector> d_r_, d_g_;
 };
@@ -156,6 +185,12 @@ double dual_value(const Problem& p, const Vector& f, const Vector& g, const Vect
   for (size_t i = 0; i < f.size(); ++i)
     if (p.a[i] > 0) excess += p.a[i] * std::expm1(log_row_ratio[i]);
   return side_value(p.a, f, p.rho_a) + side_value(p.b, g, p.rho_b) - p.eps * (excess + sum_of(p.a) * (1 - sum_of(p.b)));
+}
+// f is the update from g, then shifted.
+double dual_of_update(const Problem& p, const Vector& f, const Vector& g, double shift) {
+  Vector log_row_ratio(f.size());
+  for (size_t i = 0; i < f.size(); ++i) log_row_ratio[i] = -(f[i] - shift) / p.rho_a;
+  return dual_value(p, f, g, log_row_ratio);
 }
 
 // A full iteration is two passes: f from g, then G from f, whose distance from g is the error of (f, g).
@@ -177,6 +212,14 @@ Solution solve_pair(const Problem& p, double tol, int64_t max_iter, const Vector
     shift = translation(p, s.f, s.g);  // P stays the same
     for (double& v : s.f) v += shift;
     for (double& v : s.g) v -= shift;
+    if (!anneals && s.iterations < max_iter) {
+      const double noise =
+          8 * p.rounding * (largest(p.a, s.f) + largest(p.b, s.g)) * std::max(sum_of(p.a), sum_of(p.b));
+      if (anderson.lowered(dual_of_update(p, s.f, s.g, shift), noise)) {
+        s.g = anderson.take_back();
+        continue;
+      }
+    }
     p.soft_min(Side::Columns, s.f, eps, G);
     for (double& v : G) v /= k_of(eps, p.rho_b);
     if (anneals) {
@@ -197,9 +240,7 @@ Solution solve_pair(const Problem& p, double tol, int64_t max_iter, const Vector
   }
   for (size_t j = 0; j < m; ++j)
     if (!(p.b[j] > 0)) s.g[j] = G[j];  // the soft c-transform, which gives the one-sided derivative
-  Vector log_row_ratio(n);
-  for (size_t i = 0; i < n; ++i) log_row_ratio[i] = -(s.f[i] - shift) / p.rho_a;
-  s.value = dual_value(p, s.f, s.g, log_row_ratio);
+  s.value = dual_of_update(p, s.f, s.g, shift);
   if (p.balanced()) {
     const double k = (dot(p.b, s.g) - dot(p.a, s.f)) / (sum_of(p.a) + sum_of(p.b));
     for (double& v : s.f) v += k;

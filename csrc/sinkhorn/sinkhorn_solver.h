@@ -23,7 +23,8 @@ struct Problem {
   double cost_low = 0, cost_high = 0;
   // Unit of rounding of the arithmetic on pairs.
   double rounding = 0;
-  // out = the soft c-transform onto `side`, at this eps. For the rows: -eps log sum_j b_j exp((g_j - C_ij)/eps).
+  // out = the soft c-transform onto `side`, at this eps. For the rows: -eps log sum_j b_j exp((g_j - C_ij)/eps). Going
+  // in it holds a guess of that, good for speed alone.
   std::function<void(Side side, const Vector& potential, double eps, Vector& out)> soft_min;
 
   bool balanced() const;
