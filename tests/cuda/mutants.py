@@ -31,7 +31,16 @@ CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
 # Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
 CASES = ("odd", "a_block")
-LOGITS = ("misaligned_differently", "strided", "strided_peaked", "mask_both_far", "split_odd_far", "level", "level_far")
+LOGITS = (
+    "misaligned_differently",
+    "strided",
+    "strided_peaked",
+    "mask_both_far",
+    "split_odd_far",
+    "same_direction",
+    "level",
+    "level_far",
+)
 FILTER = ":".join(
     [
         *(f"*/{name}" for name in CASES),
