@@ -46,6 +46,7 @@ FILTER = ":".join(
         *(f"*/{name}" for name in CASES),
         *(f"*Logits/{name}" for name in LOGITS),
         "*OtherSpaces/a_piece",
+        "*OtherSpaces/most_of_a_warp",
         "KlDivCudaCentre.*",
     ]
 )
