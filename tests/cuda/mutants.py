@@ -31,12 +31,22 @@ CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
 # Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
 CASES = ("odd", "a_block")
-LOGITS = ("misaligned_differently", "strided", "strided_peaked", "mask_both_far", "split_odd_far", "level", "level_far")
+LOGITS = (
+    "misaligned_differently",
+    "strided",
+    "strided_peaked",
+    "mask_both_far",
+    "split_odd_far",
+    "same_direction",
+    "level",
+    "level_far",
+)
 FILTER = ":".join(
     [
         *(f"*/{name}" for name in CASES),
         *(f"*Logits/{name}" for name in LOGITS),
         "*OtherSpaces/a_piece",
+        "*OtherSpaces/most_of_a_warp",
         "KlDivCudaCentre.*",
     ]
 )
@@ -143,7 +153,13 @@ class Bench:
             self.compile(source, folder / f"{name}.o", CSRC, "-O2")
 
     def compile(self, source: Path, target: Path, csrc: Path, *flags: str) -> str:
-        include = (f"-I{csrc}", f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}", f"-I{self.torch / 'include'}")
+        include = (
+            f"-I{csrc}",
+            f"-I{EMULATOR / 'include'}",
+            f"-I{EMULATOR}",
+            f"-I{self.torch / 'include'}",
+            *nvcc.gtest("-I"),
+        )
         command = ["c++", *self.COMMON, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
         return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
@@ -164,7 +180,18 @@ class Bench:
             return "does not compile"
         objects = [kernels, *(self.folder / f"{name}.o" for name in ("simt", "tests", "silent"))]
         wrap = [] if rules else [f"-Wl,--wrap={self.TOUCH}"]
-        link = ["c++", *objects, *wrap, "-o", program, "-lgtest_main", "-lgtest", "-ldl", f"-L{self.torch / 'lib'}"]
+        link = [
+            "c++",
+            *objects,
+            *wrap,
+            "-o",
+            program,
+            *nvcc.gtest("-L"),
+            "-lgtest_main",
+            "-lgtest",
+            "-ldl",
+            f"-L{self.torch / 'lib'}",
+        ]
         subprocess.run([*link, "-lc10", f"-Wl,-rpath,{self.torch / 'lib'}"], check=True)
         command = [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={FILTER}"]
         run = subprocess.run(

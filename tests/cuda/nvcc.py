@@ -75,17 +75,17 @@ def link_tests(kernel: str = "kl_div", csrc: Path = ROOT / "csrc", out: Path = B
     library = folder / f"test_{kernel}.so"
     sources = [HERE / f"test_{kernel}_cuda.cpp", HERE / f"profile_{kernel}.cpp", HERE / "ptx" / "fake_cudart.cpp"]
     if not library.exists() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources):
-        include = [f"-I{csrc}", f"-I{HERE / 'emulator'}", f"-I{torch / 'include'}", *_gtest("-I")]
+        include = [f"-I{csrc}", f"-I{HERE / 'emulator'}", f"-I{torch / 'include'}", *gtest("-I")]
         part = folder / "part.so"
         objects = [*sources, compiled.object, "-o", part]
-        libraries = ["-Wl,-u,main", *_gtest("-L"), "-lgtest_main", "-lgtest", f"-L{torch / 'lib'}", "-lc10"]
+        libraries = ["-Wl,-u,main", *gtest("-L"), "-lgtest_main", "-lgtest", f"-L{torch / 'lib'}", "-lc10"]
         options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wl,-Bsymbolic", f"-Wl,-rpath,{torch / 'lib'}"]
         subprocess.run(["c++", *options, *include, *objects, *libraries], check=True)
         part.rename(library)
     return Tests(library, compiled.ptx)
 
 
-def _gtest(option: str) -> list[str]:
+def gtest(option: str) -> list[str]:
     """Where CMake has put GoogleTest, if it is not the system's."""
     fetched = {"-I": ROOT / "build/_deps/googletest-src/googletest/include", "-L": ROOT / "build/lib"}[option]
     return [f"{option}{fetched}"] if fetched.exists() else []
