@@ -436,6 +436,35 @@ def test_unbalanced_tolerance_is_kept():
         assert (marginal - aim).abs().sum() / aim.sum() <= 1.01e-7
 
 
+@pytest.mark.parametrize("seed", (37, 39, 55))
+def test_a_far_start_converges(seed):
+    """Atoms much further apart than blur: combinations of past steps alone would be thrown back for ever."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 32, generator=generator, dtype=F64), 8 * torch.randn(8, 32, generator=generator, dtype=F64)
+    result = td.sinkhorn(x, y, blur=1.0, tol=1e-2)
+    assert result.converged and result.n_iter < 200
+    rows, columns = result.plan().sum(1), result.plan().sum(0)
+    assert (rows - 1 / 8).abs().sum() <= 1e-2 and (columns - 1 / 8).abs().sum() <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, F64), ids=str)
+@pytest.mark.parametrize("cost", ("half_sqeuclidean", "euclidean"))
+@pytest.mark.parametrize("d", (1, 2, 3, 4, 5, 16))
+def test_one_update_from_any_guess(d, cost, dtype):
+    """An update is the same whatever potential stood there before, also where that is absurd as a guess of it."""
+    x, y = clouds(7, 45, d, dtype=dtype)
+    eps = 0.02
+    distance = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    c = distance if cost == "euclidean" else distance**2 / 2
+    for scale in (0.0, 1.0, 1e3):
+        g = scale * torch.randn(45, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        f = -eps * torch.logsumexp((g.double() - c) / eps - math.log(45), 1)
+        result = td.sinkhorn(x, y, cost=cost, eps=eps, init=g, max_iter=1, tol=0)
+        shift = (result.f.double() - f).mean()  # the gauge
+        atol = 1e-10 if dtype == F64 else 2e-6 * (1 + scale)
+        torch.testing.assert_close(result.f.double() - shift, f, rtol=0, atol=atol)
+
+
 def test_counters():
     x, y = clouds(30, 40)
     result = td.sinkhorn(x, y, eps=0.01, tol=0, max_iter=17)
