@@ -20,6 +20,15 @@
 // Where that matters, d is corrected until sum q = sum p, in which an error of l is seen in full: d += T log1p(sum(q -
 // p)), q - p = -q expm1(l).
 //
+// The gradients from logits are taken around a class c of the side's largest probability,
+//
+//   rho - rho_c = -log(1 + w expm1(l - l_c)),   w = b e^l_c/(1 - b + b e^l_c),
+//
+// and sigma - sigma_c likewise from -l, l - l_c from the difference of the logits alone: where nearly all of a side's
+// mass shares one ratio, rho - E_q[rho] would have no digits left, and this has them relative to the largest entry,
+// since that of c is q_c E_q[rho - rho_c] itself. Where l_c > 0 (< 0 for P) c is not needed, and 0 takes the place of
+// l_c: E_q[rho] >= 0 >= rho_c, so that nothing cancels at c.
+//
 // Hessian-vector products: with dots for derivatives along (v_p, v_q),
 //   sigma. = (1 - b) (q (log p). - q.)/m,   rho. = b (p (log q). - p.)/m.
 //
@@ -29,6 +38,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/cpu_dispatch.h"
 #include "core/exact_sum.h"
@@ -38,7 +48,7 @@
 namespace torch_divergence {
 
 // Below this scaled divergence the error of d is corrected.
-inline constexpr double kJsNear = 1e-3;
+inline constexpr double kJsNear = 1e-6;
 
 struct JsDivRows : RowPair {
   double beta = 0.5;  // P's weight in M, in (0, 1/2]
@@ -50,7 +60,7 @@ struct JsDivRows : RowPair {
 // S of the term q l^2 S(l) for small l: with g = 1 - b + b e^l it is (b l e^l - g log g)/(b (1 - b)), whose
 // singularities nearest to 0 are at |l| >= pi. S(0) = 1/2.
 struct JsSeries {
-  static constexpr int kTerms = 9;
+  static constexpr int kTerms = 10;
   double c[kTerms] = {};
 
   TD_HOST_DEVICE explicit JsSeries(double b) {
@@ -70,7 +80,10 @@ struct JsSeries {
     }
   }
   // Up to which |l| the series has all digits, and beyond which the closed form has enough.
-  static constexpr double kReach = 0.05;
+  template <class A>
+  TD_HOST_DEVICE static constexpr double reach() {
+    return sizeof(A) == 4 ? 0.5 : 0.05;
+  }
 };
 // Up to which l rho has a logarithm of its own.
 TD_HOST_DEVICE double js_turn(double beta) {
@@ -82,14 +95,22 @@ TD_HOST_DEVICE double js_turn(double beta) {
 struct JsDivStat {
   double lse_p, lse_p_lo;  // T logsumexp(t/T) and what that rounds off; 0 where P is not in logits
   double lse_q, lse_q_lo;
-  double mean_p, mean_q;  // sum p sigma, sum q rho
+  double top_p, top_q;    // t - s at the largest class of each side; without a centre -inf and +inf
+  double mean_p, mean_q;  // sum p (sigma - sigma_c), sum q (rho - rho_c)
   double js;
 
-  static constexpr int kSize = 7;
-  static constexpr int kJs = 6;  // where js is
-  TD_HOST_DEVICE static JsDivStat load(const double* x) { return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]}; }
+  static constexpr int kSize = 9;
+  static constexpr int kJs = 8;  // where js is
+  static JsDivStat nan() {
+    const double x = std::numeric_limits<double>::quiet_NaN();
+    return {x, x, x, x, x, x, x, x, x};
+  }
+  TD_HOST_DEVICE static JsDivStat load(const double* x) {
+    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8]};
+  }
   TD_HOST_DEVICE void store(double* x) const {
-    x[0] = lse_p, x[1] = lse_p_lo, x[2] = lse_q, x[3] = lse_q_lo, x[4] = mean_p, x[5] = mean_q, x[6] = js;
+    x[0] = lse_p, x[1] = lse_p_lo, x[2] = lse_q, x[3] = lse_q_lo, x[4] = top_p, x[5] = top_q;
+    x[6] = mean_p, x[7] = mean_q, x[8] = js;
   }
   // d = lse_p - lse_q, to twice double's precision
   TD_HOST_DEVICE ExactSum difference() const {

@@ -1,8 +1,8 @@
 // CPU kernels of the Jensen-Shannon divergence. Compiled once per instruction set (CPU_CAPABILITY); formulas in
 // js_div.h.
 //
-// Two families, as for kl_div. Both sides in logits of float64: memory read once. Everything else, and the double
-// backward: SIMD in double for all types.
+// Two families, as for kl_div. Both sides in logits: SIMD in float (double for double inputs), half types widened in
+// registers, memory read once. Everything else, and the double backward: SIMD in double for all types.
 #include "js_div/js_div.h"
 
 #include <algorithm>
@@ -11,50 +11,105 @@
 
 #include "core/phi.h"
 #include "core/row_kernels.h"
+#include "core/vec_log.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
 
-// sigma, rho and the scaled term of a class, from l and both probabilities.
-struct Terms {
-  D sigma, rho, term;
-  D gap;  // q - p, as l has it
-};
+template <class A>
+TD_INLINE Vec<A> expm1_small(Vec<A> x) {
+  const Vec<A> minus_x = Vec<A>(A(0)) - x;
+  const auto fma = [](Vec<A> a, Vec<A> b, Vec<A> c) __attribute__((always_inline)) { return fmadd(a, b, c); };
+  return fmadd(x * x, phi_over_square<A>(minus_x, fma), x);
+}
+template <class A>
+TD_INLINE Vec<A> is_small(Vec<A> x) {
+  return x.abs() < Vec<A>(A(0.5));
+}
 
-struct Mixture {
-  D beta, rest, inv_beta, inv_rest, turn;
-  D series[JsSeries::kTerms];
+// The class around which one side's logarithms are taken: -log(own + other e^k) is its ratio to m, k <= 0.
+template <class A>
+struct Centre {
+  Vec<A> own, other, weight, scale, e_k, inv_g, ratio;
+  double ratio_at_centre;
 
-  TD_INLINE explicit Mixture(double b)
-      : beta(b), rest(1 - b), inv_beta(1 / b), inv_rest(1 / (1 - b)), turn(js_turn(b)) {
-    const JsSeries s(b);
-    for (int k = 0; k < JsSeries::kTerms; ++k) series[k] = D(s.c[k]);
+  TD_INLINE Centre(double own_, double other_, double k) : Centre(own_, other_, k, own_ + other_ * std::exp(k)) {}
+  // The argument of -log that gives the ratio less its centre's, and that less 1; e = e^l, u = l - k.
+  TD_INLINE Vec<A> argument(Vec<A> e) const { return fmadd(other, e, own) * inv_g; }
+  TD_INLINE Vec<A> argument_minus_1(Vec<A> e, Vec<A> u) const {
+    return select(is_small(u), weight * expm1_small(u), (e - e_k) * scale);
   }
 
-  // l finite or NaN.
-  TD_INLINE Terms operator()(D l, D p, D q) const {
-    const D zero(0.0), one(1.0), minus_l = zero - l;
-    const D small = l.abs()<D(JsSeries::kReach), turned = l> turn;
-    // base e^down is the other side's probability; e^down is bounded.
-    const D down = select(turned, minus_l, l), base = select(turned, p, q), e = exp_of<true>(down);
-    const D phi = l * l *
-                  phi_over_square<double>(
-                      minus_l, [](D a, D b, D c) __attribute__((always_inline)) { return fmadd(a, b, c); });
-    const D growth = select(small, phi + l, e - one);
-    const D other_weight = select(turned, rest, beta), base_weight = select(turned, beta, rest);
-    const D minus_log = zero - log_of(fmadd(other_weight, e, base_weight), other_weight * growth);
+ private:
+  TD_INLINE Centre(double own_, double other_, double k, double g)
+      : own(static_cast<A>(own_)),
+        other(static_cast<A>(other_)),
+        weight(static_cast<A>(other_ * std::exp(k) / g)),
+        scale(static_cast<A>(other_ / g)),
+        e_k(static_cast<A>(std::exp(k))),
+        inv_g(static_cast<A>(1 / g)),
+        ratio(static_cast<A>(-std::log1p(other_ * std::expm1(k)))),
+        ratio_at_centre(-std::log1p(other_ * std::expm1(k))) {}
+};
 
-    Terms y;
-    y.rho = select(turned, minus_log - l, minus_log);
-    y.sigma = select(turned, minus_log, minus_log + l);
-    D s = series[JsSeries::kTerms - 1];
+// sigma, rho and the scaled term of a class, from l and both probabilities.
+template <class A>
+struct Terms {
+  Vec<A> sigma, rho, term;
+  Vec<A> from_centre;  // rho less the centre's
+  Vec<A> gap;          // q - p, as l has it
+};
+
+template <class A>
+struct Mixture {
+  using V = Vec<A>;
+  V beta, rest, inv_beta, inv_rest, turn;
+  V series[JsSeries::kTerms];
+
+  TD_INLINE explicit Mixture(double b)
+      : beta(static_cast<A>(b)),
+        rest(static_cast<A>(1 - b)),
+        inv_beta(static_cast<A>(1 / b)),
+        inv_rest(static_cast<A>(1 / (1 - b))),
+        turn(static_cast<A>(js_turn(b))) {
+    const JsSeries s(b);
+    for (int k = 0; k < JsSeries::kTerms; ++k) series[k] = V(static_cast<A>(s.c[k]));
+  }
+
+  // l finite or NaN, u = l less that of Q's centre.
+  TD_INLINE Terms<A> operator()(V l, V u, V p, V q, const Centre<A>& centre) const {
+    const V zero(A(0)), one(A(1));
+    const V turned = l > turn;
+    // base e^down is the other side's probability; e^down is bounded.
+    const V down = select(turned, zero - l, l), base = select(turned, p, q), e = exp_of<true>(down);
+    const V minus_log = zero - log_of(select(turned, fmadd(rest, e, beta), centre.argument(e)),
+                                      select(turned, rest * (e - one), centre.argument_minus_1(e, u)));
+    Terms<A> y;
+    y.rho = select(turned, minus_log - l, minus_log + centre.ratio);
+    y.sigma = select(turned, minus_log, y.rho + l);
+    y.from_centre = select(turned, y.rho - centre.ratio, minus_log);
+    V s = series[JsSeries::kTerms - 1];
     for (int k = JsSeries::kTerms - 2; k >= 0; --k) s = fmadd(s, l, series[k]);
-    const D of_p = y.sigma * inv_rest, of_q = y.rho * inv_beta;
-    const D closed = select(turned, fmadd(e, of_q, of_p), fmadd(e, of_p, of_q));
-    y.term = base * select(small, l * l * s, closed);
+    const V of_p = y.sigma * inv_rest, of_q = y.rho * inv_beta;
+    const V closed = select(turned, fmadd(e, of_q, of_p), fmadd(e, of_p, of_q));
+    y.term = base * select(l.abs() < V(static_cast<A>(JsSeries::reach<A>())), l * l * s, closed);
+    const V growth = select(is_small(l), expm1_small(down), e - one);
     y.gap = base * select(turned, growth, zero - growth);
     return y;
   }
+  // sigma less that of P's centre, from rho: its own logarithm where l > 0.
+  TD_INLINE V sigma_from_centre(V l, V u, V rho, const Centre<A>& centre) const {
+    const V zero(A(0)), down = min_of(zero - l, zero), e = exp_of<true>(down);
+    const V minus_log = zero - log_of(centre.argument(e), centre.argument_minus_1(e, zero - u));
+    return select(l > zero, minus_log, (l + rho) - centre.ratio);
+  }
+};
+
+// Around l = 0, in double.
+struct PlainMixture : Mixture<double> {
+  Centre<double> zero;
+  TD_INLINE explicit PlainMixture(double b) : Mixture<double>(b), zero(1 - b, b, 0) {}
+  TD_INLINE Terms<double> operator()(D l, D p, D q) const { return Mixture<double>::operator()(l, l, p, q, zero); }
 };
 
 // Both probabilities and l of some classes, whatever they are given in. In double.
@@ -89,7 +144,7 @@ struct Sides {
   }
 };
 
-// Sums f(i, count, sums) over a row, in a fixed order.
+// Sums over a row, in a fixed order. From logits, those of sigma and rho are around their centres.
 struct Sums {
   double term = 0, p_sigma = 0, q_rho = 0, gap = 0;
   void add(const Sums& other) { term += other.term, p_sigma += other.p_sigma, q_rho += other.q_rho, gap += other.gap; }
@@ -108,26 +163,28 @@ struct Weights {
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
 // Exponentials of one row, e^((x - max)/T) with the maximum so far of each chunk.
+template <class A>
 struct Kept {
-  double* exps;
+  A* exps;
   double* max;
 };
 
-LseScan scan_columns(const double* x, int64_t first, int64_t last, double inv_t_, const Kept& kept) {
-  const D inv_t(inv_t_);
+template <class A, class T>
+LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t_, const Kept<A>& kept) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_));
   LseScan scan;
   for (int64_t c = first; c < last; c += kChunk) {
     const int64_t n = std::min(kChunk, last - c);
-    scan.raise(max_of_row<double>(x + c, n), inv_t_);
+    scan.raise(max_of_row<A>(x + c, n), inv_t_);
     kept.max[c / kChunk] = scan.max;
-    const D max(finite_or_zero(scan.max));
+    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
     for (int64_t b = c; b < c + n; b += kBlock) {
-      D sum(0.0);
-      for_lanes<double>(
+      Vec<A> sum(A(0));
+      for_lanes<A>(
           std::min(kBlock, c + n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const D e = exp_of((load_lanes<double>(x + b + i, count, -kInf<double>) - max) * inv_t);
+            const Vec<A> e = exp_of((load_lanes<A>(x + b + i, count, -kInf<A>) - max) * inv_t);
             sum = sum + e;
-            store_lanes<double>(kept.exps + b + i, e, count);
+            store_lanes<A>(kept.exps + b + i, e, count);
           });
       scan.sum += sum_of(sum);
     }
@@ -135,288 +192,328 @@ LseScan scan_columns(const double* x, int64_t first, int64_t last, double inv_t_
   return scan;
 }
 
-// l of some classes from their logits. Below its floor a class has no mass that the arithmetic can tell from 0: moved
-// up to it, l stays finite.
+// The first class of the row's maximum.
+template <class A, class T>
+int64_t top_class(const T* x, int64_t classes, double max, const Kept<A>& kept) {
+  int64_t c = 0;
+  while (kept.max[c / kChunk] != max) c += kChunk;
+  while (c + 1 < classes && static_cast<double>(x[c]) != max) ++c;
+  return c;
+}
+
+// l of some classes from their logits, and what it is more than at the centres. Below its floor a class has no mass
+// that the arithmetic can tell from 0: moved up to it, l stays finite.
+template <class A>
 struct LogRatio {
-  Split<double> difference;
-  D floor_p, floor_q, inv_t;
+  Split<A> difference;
+  Vec<A> floor_p, floor_q, inv_t;
+  double k_p, k_q;  // l at the centres
+  Split<A> difference_p, difference_q;
 
   TD_INLINE LogRatio(const JsDivStat& stat, double inv_t_)
       : difference(stat.difference().sum, stat.difference().error),
-        floor_p(stat.lse_p - kFar / inv_t_),
-        floor_q(stat.lse_q - kFar / inv_t_),
-        inv_t(inv_t_) {}
-  TD_INLINE D operator()(D t, D s) const {
-    return difference_minus(max_of(t, floor_p), max_of(s, floor_q), difference) * inv_t;
-  }
+        floor_p(static_cast<A>(stat.lse_p - kFar / inv_t_)),
+        floor_q(static_cast<A>(stat.lse_q - kFar / inv_t_)),
+        inv_t(static_cast<A>(inv_t_)),
+        k_p(std::max(0.0, above(stat, stat.top_p) * inv_t_)),
+        k_q(std::min(0.0, above(stat, stat.top_q) * inv_t_)),
+        difference_p(k_p > 0 ? Split<A>(stat.top_p) : difference),
+        difference_q(k_q < 0 ? Split<A>(stat.top_q) : difference) {}
+
+  struct Logits {
+    Vec<A> t, s;
+  };
+  TD_INLINE Logits raised(Vec<A> t, Vec<A> s) const { return {max_of(t, floor_p), max_of(s, floor_q)}; }
+  TD_INLINE Vec<A> l(const Logits& x) const { return difference_minus(x.t, x.s, difference) * inv_t; }
+  TD_INLINE Vec<A> from_p(const Logits& x) const { return difference_minus(x.t, x.s, difference_p) * inv_t; }
+  TD_INLINE Vec<A> from_q(const Logits& x) const { return difference_minus(x.t, x.s, difference_q) * inv_t; }
 
  private:
-  static constexpr double kFar = 1600;
+  static constexpr double kFar = sizeof(A) == 4 ? 200 : 1600;
+  static double above(const JsDivStat& stat, double top) {
+    const ExactSum d = stat.difference();
+    return (top - d.sum) - d.error;
+  }
 };
 
-// What is left aside for a gradient.
-enum class Aside { Nothing, PSigma, QRho };
+// A row's constants: where its logarithms are centred.
+template <class A>
+struct Centred {
+  LogRatio<A> ratio;
+  Centre<A> p, q;
+  TD_INLINE Centred(const JsDivRows& rows, const JsDivStat& stat, double inv_t)
+      : ratio(stat, inv_t), p(rows.beta, 1 - rows.beta, -ratio.k_p), q(1 - rows.beta, rows.beta, ratio.k_q) {}
+};
 
-template <Aside kAside>
-Sums mixed_columns(const double* p, const double* q, int64_t first, int64_t last, double inv_t, const Mixture& mixture,
-                   const JsDivStat& stat, const Kept& kept_p, const Kept& kept_q, double* aside) {
-  const LogRatio ratio(stat, inv_t);
+// Sums over a part of a row. kP, kQ: the means of sigma and rho are wanted; with kAside, p sigma or q rho (kQ) around
+// the centre is left there for the gradient.
+template <class A, bool kP, bool kQ, bool kAside, class TP, class TQ>
+Sums mixed_columns(const JsDivRows& rows, const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t,
+                   const Mixture<A>& mixture, const JsDivStat& stat, const Kept<A>& kept_p, const Kept<A>& kept_q,
+                   A* aside) {
+  const Centred<A> centred(rows, stat, inv_t);
   Sums sums;
   for (int64_t c = first; c < last; c += kBlock) {
     const int64_t chunk = c / kChunk;
-    const D to_p(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t)),
-        to_q(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t));
-    D term(0.0), p_sigma(0.0), q_rho(0.0), gap(0.0);
-    for_lanes<double>(
+    const Vec<A> to_p(static_cast<A>(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t))),
+        to_q(static_cast<A>(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t)));
+    Vec<A> term(A(0)), p_sigma(A(0)), q_rho(A(0));
+    for_lanes<A>(
         std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
-          const D x = load_lanes<double>(kept_p.exps + c + i, count, 0.0) * to_p,
-                  y = load_lanes<double>(kept_q.exps + c + i, count, 0.0) * to_q;
-          const auto terms = mixture(
-              ratio(load_lanes<double>(p + c + i, count, 0.0), load_lanes<double>(q + c + i, count, 0.0)), x, y);
-          const D of_p = x * terms.sigma, of_q = y * terms.rho;
-          term = term + terms.term, gap = gap + terms.gap;
-          p_sigma = p_sigma + of_p, q_rho = q_rho + of_q;
-          if constexpr (kAside == Aside::PSigma) store_lanes<double>(aside + c + i, of_p, count);
-          if constexpr (kAside == Aside::QRho) store_lanes<double>(aside + c + i, of_q, count);
+          const Vec<A> x = load_lanes<A>(kept_p.exps + c + i, count, A(0)) * to_p,
+                       y = load_lanes<A>(kept_q.exps + c + i, count, A(0)) * to_q;
+          const auto at =
+              centred.ratio.raised(load_lanes<A>(p + c + i, count, A(0)), load_lanes<A>(q + c + i, count, A(0)));
+          const Vec<A> l = centred.ratio.l(at);
+          const auto terms = mixture(l, centred.ratio.from_q(at), x, y, centred.q);
+          term = term + terms.term;
+          if constexpr (kP) {
+            const Vec<A> of_p = x * mixture.sigma_from_centre(l, centred.ratio.from_p(at), terms.rho, centred.p);
+            p_sigma = p_sigma + of_p;
+            if constexpr (kAside && !kQ) store_lanes<A>(aside + c + i, of_p, count);
+          }
+          if constexpr (kQ) {
+            const Vec<A> of_q = y * terms.from_centre;
+            q_rho = q_rho + of_q;
+            if constexpr (kAside) store_lanes<A>(aside + c + i, of_q, count);
+          }
         });
-    sums.add({sum_of(term), sum_of(p_sigma), sum_of(q_rho), sum_of(gap)});
+    sums.add({sum_of(term), sum_of(p_sigma), sum_of(q_rho), 0});
   }
   return sums;
 }
 
+// sum q - p, as l has it.
+template <class A, class TP, class TQ>
+double gap_of_columns(const JsDivRows& rows, const TP* p, const TQ* q, int64_t first, int64_t last, double inv_t,
+                      const Mixture<A>& mixture, const JsDivStat& stat) {
+  const Centred<A> centred(rows, stat, inv_t);
+  const ExpFrom<A> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
+  double sum = 0;
+  for (int64_t c = first; c < last; c += kBlock) {
+    Vec<A> gap(A(0));
+    for_lanes<A>(
+        std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
+          const auto at = centred.ratio.raised(t, s);
+          gap = gap + mixture(centred.ratio.l(at), centred.ratio.from_q(at), prob_p(t), prob_q(s), centred.q).gap;
+        });
+    sum += sum_of(gap);
+  }
+  return sum;
+}
+
 // The statistics of one row, and with kAside what its gradient needs.
-template <Aside kAside>
-JsDivStat logits_row(const JsDivRows& rows, const double* p, const double* q, ForEach columns, const Mixture& mixture,
-                     const Kept& kept_p, const Kept& kept_q, double* aside) {
-  const double inv_t = inverse_temperature<double>(rows.temperature), t = 1 / inv_t;
+template <class A, bool kP, bool kQ, bool kAside, class TP, class TQ>
+JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach columns, const Mixture<A>& mixture,
+                     const Kept<A>& kept_p, const Kept<A>& kept_q, A* aside) {
+  const double inv_t = inverse_temperature<A>(rows.temperature), t = 1 / inv_t;
   JsDivStat stat{};
-  const auto lse = [&](const auto* x, const Kept& kept, double& sum, double& error) {
+  const auto lse = [&](const auto* x, const Kept<A>& kept, double& sum, double& error, int64_t& top) {
     const auto scan = merged_segments<LseScan>(
-        rows.classes, columns, [&](int64_t first, int64_t last) { return scan_columns(x, first, last, inv_t, kept); },
+        rows.classes, columns,
+        [&](int64_t first, int64_t last) { return scan_columns<A>(x, first, last, inv_t, kept); },
         [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv_t); });
     if (!(scan.sum > 0) || std::isinf(scan.max)) return false;
     const ExactSum exact = two_sum(scan.max, t * std::log(scan.sum));
     sum = exact.sum, error = exact.error;
+    top = top_class(x, rows.classes, scan.max, kept);
     return true;
   };
-  if (!lse(p, kept_p, stat.lse_p, stat.lse_p_lo) || !lse(q, kept_q, stat.lse_q, stat.lse_q_lo)) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    return {nan, nan, nan, nan, nan, nan, nan};
+  int64_t top_p = 0, top_q = 0;
+  if (!lse(p, kept_p, stat.lse_p, stat.lse_p_lo, top_p) || !lse(q, kept_q, stat.lse_q, stat.lse_q_lo, top_q))
+    return JsDivStat::nan();
+  {
+    const LogRatio<A> ratio(stat, inv_t);
+    const auto difference = [&](int64_t at) {
+      A lanes[2][kLanes<A>];
+      const auto x = ratio.raised(Vec<A>(static_cast<A>(p[at])), Vec<A>(static_cast<A>(q[at])));
+      x.t.store(lanes[0]), x.s.store(lanes[1]);
+      return static_cast<double>(lanes[0][0]) - static_cast<double>(lanes[1][0]);
+    };
+    stat.top_p = difference(top_p), stat.top_q = difference(top_q);
   }
   const auto pass = [&] {
     return merged_segments<Sums>(
         rows.classes, columns,
         [&](int64_t first, int64_t last) {
-          return mixed_columns<kAside>(p, q, first, last, inv_t, mixture, stat, kept_p, kept_q, aside);
+          return mixed_columns<A, kP, kQ, kAside>(rows, p, q, first, last, inv_t, mixture, stat, kept_p, kept_q, aside);
         },
         [](Sums& total, const Sums& part) { total.add(part); });
   };
   Sums sums = pass();
   if (sums.term < kJsNear) {
-    stat.lse_q_lo += t * std::log1p(sums.gap);
+    const double gap = merged_segments<double>(
+        rows.classes, columns,
+        [&](int64_t first, int64_t last) { return gap_of_columns<A>(rows, p, q, first, last, inv_t, mixture, stat); },
+        [](double& total, double part) { total += part; });
+    stat.lse_q_lo += t * std::log1p(gap);
     sums = pass();
   }
   sums.finish(rows, stat);
   return stat;
 }
 
-// The class with more than half of a side's mass, and the sum of the other classes' gradients. The entries sum to 0:
-// that class's is what the others leave, where by itself it is a difference of numbers near each other.
-struct Peak {
-  int64_t at = -1;
-  double others = 0;
-
-  void merge(const Peak& other) { at = std::max(at, other.at), others += other.others; }
-};
-TD_INLINE void write_peak(double* grad, const Peak& peak) {
-  if (peak.at >= 0) grad[peak.at] = -peak.others;
-}
-TD_INLINE D without_peak(D prob, D g, int64_t i, Peak& peak) {
-  const D top = prob > D(0.5);
-  if (any(top)) peak.at = i + first_lane(top);
-  return select(top, D(0.0), g);
-}
-struct Peaks {
-  Peak p, q;
-};
-
 // Gradients of a part of a row from its statistics alone: P's, Q's or both.
-template <bool kP, bool kQ>
-Peaks logits_gradient(const JsDivRows& rows, const double* p, const double* q, double* grad_p, double* grad_q,
-                      int64_t first, int64_t last, const Mixture& mixture, const JsDivStat& stat, double coefficient) {
-  const double inv_t = inverse_temperature<double>(rows.temperature);
+template <class A, bool kP, bool kQ, class TP, class TQ>
+void logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first,
+                     int64_t last, const Mixture<A>& mixture, const JsDivStat& stat, double coefficient) {
+  const double inv_t = inverse_temperature<A>(rows.temperature);
   const Weights weights(rows, coefficient * inv_t);
-  const D c_p(weights.p), c_q(weights.q), mean_p(stat.mean_p), mean_q(stat.mean_q);
-  const LogRatio ratio(stat, inv_t);
-  const ExpFrom<double> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
-  Peaks peaks;
-  for (int64_t b = first; b < last; b += kBlock) {
-    D others_p(0.0), others_q(0.0);
-    for_lanes<double>(
-        std::min(kBlock, last - b), [&](int64_t j, auto count) __attribute__((always_inline)) {
-          const int64_t i = b + j;
-          // The padding of the tail has no mass.
-          const D t = load_lanes<double>(p + i, count, -kInf<double>),
-                  s = load_lanes<double>(q + i, count, -kInf<double>);
-          const D x = prob_p(t), y = prob_q(s);
-          const auto terms = mixture(ratio(t, s), x, y);
-          const D g_p = c_p * x * (terms.sigma - mean_p), g_q = c_q * y * (terms.rho - mean_q);
-          if constexpr (kP) {
-            others_p = others_p + without_peak(x, g_p, i, peaks.p);
-            store_lanes<double>(grad_p + i, g_p, count);
-          }
-          if constexpr (kQ) {
-            others_q = others_q + without_peak(y, g_q, i, peaks.q);
-            store_lanes<double>(grad_q + i, g_q, count);
-          }
-        });
-    peaks.p.others += sum_of(others_p), peaks.q.others += sum_of(others_q);
-  }
-  return peaks;
+  const Vec<A> c_p(static_cast<A>(weights.p)), c_q(static_cast<A>(weights.q)), mean_p(static_cast<A>(stat.mean_p)),
+      mean_q(static_cast<A>(stat.mean_q));
+  const Centred<A> centred(rows, stat, inv_t);
+  const ExpFrom<A> prob_p(stat.lse_p + stat.lse_p_lo, inv_t), prob_q(stat.lse_q + stat.lse_q_lo, inv_t);
+  for_lanes<A>(
+      last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+        const int64_t i = first + j;
+        const Vec<A> t = load_lanes<A>(p + i, count, A(0)), s = load_lanes<A>(q + i, count, A(0));
+        const Vec<A> x = prob_p(t), y = prob_q(s);
+        const auto at = centred.ratio.raised(t, s);
+        const Vec<A> l = centred.ratio.l(at);
+        const auto terms = mixture(l, centred.ratio.from_q(at), x, y, centred.q);
+        // Written last: either may be the storage of its own side.
+        if constexpr (kP) {
+          const Vec<A> sigma = mixture.sigma_from_centre(l, centred.ratio.from_p(at), terms.rho, centred.p);
+          store_lanes<A>(grad_p + i, c_p * x * (sigma - mean_p), count);
+        }
+        if constexpr (kQ) store_lanes<A>(grad_q + i, c_q * y * (terms.from_centre - mean_q), count);
+      });
 }
 
 // A thread's room for one row: the exponentials of both sides, and where asked for as much as one of them again.
+template <class A>
 struct Scratch {
-  std::unique_ptr<double[]> exps;
+  std::unique_ptr<A[]> exps;
   std::unique_ptr<double[]> maxima;
   int64_t classes, chunks;
 
   Scratch(int64_t classes_, bool aside)
-      : exps(std::make_unique_for_overwrite<double[]>(static_cast<size_t>((aside ? 3 : 2) * classes_))),
+      : exps(std::make_unique_for_overwrite<A[]>(static_cast<size_t>((aside ? 3 : 2) * classes_))),
         maxima(std::make_unique_for_overwrite<double[]>(static_cast<size_t>(2 * ((classes_ + kChunk - 1) / kChunk)))),
         classes(classes_),
         chunks((classes_ + kChunk - 1) / kChunk) {}
-  Kept p() const { return {exps.get(), maxima.get()}; }
-  Kept q() const { return {exps.get() + classes, maxima.get() + chunks}; }
+  Kept<A> p() const { return {exps.get(), maxima.get()}; }
+  Kept<A> q() const { return {exps.get() + classes, maxima.get() + chunks}; }
 };
 
+template <class A, class TP, class TQ>
 void forward_logits(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Scratch scratch(k.rows.classes, false);
-  const Mixture mixture(k.rows.beta);
+  const Scratch<A> scratch(k.rows.classes, false);
+  const Mixture<A> mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {{}};
   RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
     const double weight = k.weight ? k.weight[i] : 1;
     JsDivStat stat{};
     if (weight != 0)
-      stat = logits_row<Aside::Nothing>(k.rows, static_cast<const double*>(x[0]), static_cast<const double*>(x[1]),
-                                        columns, mixture, scratch.p(), scratch.q(), nullptr);
+      stat = logits_row<A, true, true, false>(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]),
+                                              columns, mixture, scratch.p(), scratch.q(), static_cast<A*>(nullptr));
     stat.store(k.stat + JsDivStat::kSize * i);
     store_loss(k, i, weight != 0 ? weight * stat.js : 0);
   });
 }
 
+template <class A, class TP, class TQ>
 void backward_logits(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Mixture mixture(k.rows.beta);
+  const Mixture<A> mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad_p, k.grad_q};
-  const auto gradient = k.grad_p.data && k.grad_q.data ? &logits_gradient<true, true>
-                        : k.grad_p.data                ? &logits_gradient<true, false>
-                                                       : &logits_gradient<false, true>;
+  const auto gradient = k.grad_p.data && k.grad_q.data ? &logits_gradient<A, true, true, TP, TQ>
+                        : k.grad_p.data                ? &logits_gradient<A, true, false, TP, TQ>
+                                                       : &logits_gradient<A, false, true, TP, TQ>;
   RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* grad_p = static_cast<double*>(y[0]);
-    auto* grad_q = static_cast<double*>(y[1]);
+    auto* grad_p = static_cast<TP*>(y[0]);
+    auto* grad_q = static_cast<TQ*>(y[1]);
     if (k.coefficient[i] == 0) {
       if (grad_p) fill_zero(grad_p, k.rows.classes);
       if (grad_q) fill_zero(grad_q, k.rows.classes);
       return;
     }
     const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * i);
-    const auto peaks = merged_segments<Peaks>(
-        k.rows.classes, columns,
-        [&](int64_t first, int64_t last) {
-          return gradient(k.rows, static_cast<const double*>(x[0]), static_cast<const double*>(x[1]), grad_p, grad_q,
-                          first, last, mixture, stat, k.coefficient[i]);
-        },
-        [](Peaks& total, const Peaks& part) { total.p.merge(part.p), total.q.merge(part.q); });
-    if (grad_p) write_peak(grad_p, peaks.p);
-    if (grad_q) write_peak(grad_q, peaks.q);
+    for_segments(k.rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+      gradient(k.rows, static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), grad_p, grad_q, first, last, mixture,
+               stat, k.coefficient[i]);
+    });
   });
 }
 
-// kQ: the gradient of Q, else that of P; until its mean is known, what the gradient needs waits in
+// kQ: the gradient of Q, else that of P; its side has type A. Until its mean is known, what the gradient needs waits in
 // `aside`: grad itself, unless that is an input's row.
-template <bool kQ>
-JsDivStat value_and_grad_row(const JsDivRows& rows, const double* p, const double* q, double* grad, double* aside,
-                             double coefficient, ForEach columns, const Mixture& mixture, const Kept& kept_p,
-                             const Kept& kept_q) {
-  const JsDivStat stat =
-      logits_row < kQ ? Aside::QRho : Aside::PSigma > (rows, p, q, columns, mixture, kept_p, kept_q, aside);
+template <class A, bool kQ, class TP, class TQ>
+JsDivStat value_and_grad_row(const JsDivRows& rows, const TP* p, const TQ* q, A* grad, A* aside, double coefficient,
+                             ForEach columns, const Mixture<A>& mixture, const Kept<A>& kept_p, const Kept<A>& kept_q) {
+  const JsDivStat stat = logits_row<A, !kQ, kQ, true>(rows, p, q, columns, mixture, kept_p, kept_q, aside);
   if (std::isnan(stat.js)) {
-    std::fill_n(grad, rows.classes, std::numeric_limits<double>::quiet_NaN());
+    std::fill_n(grad, rows.classes, std::numeric_limits<A>::quiet_NaN());
     return stat;
   }
-  const double inv_t = inverse_temperature<double>(rows.temperature);
+  const double inv_t = inverse_temperature<A>(rows.temperature);
   const Weights weights(rows, coefficient * inv_t);
-  const D c(kQ ? weights.q : weights.p), mean(kQ ? stat.mean_q : stat.mean_p);
+  const Vec<A> c(static_cast<A>(kQ ? weights.q : weights.p)), mean(static_cast<A>(kQ ? stat.mean_q : stat.mean_p));
   const double lse = kQ ? stat.lse_q + stat.lse_q_lo : stat.lse_p + stat.lse_p_lo;
-  const Kept& kept = kQ ? kept_q : kept_p;
-  const auto peak = merged_segments<Peak>(
-      rows.classes, columns,
-      [&](int64_t first, int64_t last) {
-        Peak part;
-        for (int64_t b = first; b < last; b += kBlock) {
-          const D factor(kept_factor(kept.max[b / kChunk], lse, inv_t));
-          D others(0.0);
-          for_lanes<double>(
-              std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-                const D prob = load_lanes<double>(kept.exps + b + i, count, 0.0) * factor;
-                const D g = c * (load_lanes<double>(aside + b + i, count, 0.0) - prob * mean);
-                others = others + without_peak(prob, g, b + i, part);
-                store_lanes<double>(grad + b + i, g, count);
-              });
-          part.others += sum_of(others);
-        }
-        return part;
-      },
-      [](Peak& total, const Peak& part) { total.merge(part); });
-  write_peak(grad, peak);
+  const Kept<A>& kept = kQ ? kept_q : kept_p;
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for (int64_t b = first; b < last; b += kChunk) {
+      const Vec<A> share(static_cast<A>(kept_factor(kept.max[b / kChunk], lse, inv_t)));
+      for_lanes<A>(
+          std::min(kChunk, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+            const Vec<A> prob = load_lanes<A>(kept.exps + b + i, count, A(0)) * share;
+            store_lanes<A>(grad + b + i, c * (load_lanes<A>(aside + b + i, count, A(0)) - prob * mean), count);
+          });
+    }
+  });
   return stat;
 }
 
+template <class A, class TP, class TQ>
 void value_and_grad_logits(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   const int64_t n = k.rows.classes;
   const bool over_input = k.grad.data == (k.wrt_q ? k.rows.q : k.rows.p).data;
-  const Scratch scratch(n, over_input);
-  const Mixture mixture(k.rows.beta);
+  const Scratch<A> scratch(n, over_input);
+  const Mixture<A> mixture(k.rows.beta);
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
   RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* grad = static_cast<double*>(y[0]);
+    auto* grad = static_cast<A*>(y[0]);
     const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
     JsDivStat stat{};
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
-      double* const aside = over_input ? scratch.exps.get() + 2 * n : grad;
-      const auto* p = static_cast<const double*>(x[0]);
-      const auto* q = static_cast<const double*>(x[1]);
-      if (k.wrt_q)
-        stat = value_and_grad_row<true>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
-                                        scratch.q());
-      if (!k.wrt_q)
-        stat = value_and_grad_row<false>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
-                                         scratch.q());
+      A* const aside = over_input ? scratch.exps.get() + 2 * n : grad;
+      const auto* p = static_cast<const TP*>(x[0]);
+      const auto* q = static_cast<const TQ*>(x[1]);
+      if constexpr (std::is_same_v<TQ, A>)
+        if (k.wrt_q)
+          stat = value_and_grad_row<A, true>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                             scratch.q());
+      if constexpr (std::is_same_v<TP, A>)
+        if (!k.wrt_q)
+          stat = value_and_grad_row<A, false>(k.rows, p, q, grad, aside, coefficient, columns, mixture, scratch.p(),
+                                              scratch.q());
     }
     stat.store(k.stat + JsDivStat::kSize * i);
   });
 }
 
-// Which family serves these rows? In float the gradient's sigma - mean would cancel where logits are several units
-// apart.
-TD_INLINE bool by_logits(const JsDivRows& rows) { return rows.from_logits() && rows.p.dtype == DType::Double; }
+// Which family serves these rows? A beta far below float's accuracy leaves float's range.
+TD_INLINE bool by_logits(const JsDivRows& rows) {
+  return rows.from_logits() && (rows.p.dtype == DType::Double || rows.beta > 1e-6);
+}
 
 // -- Any space, in double -------------------------------------------------------------------------------------------
 
 JsDivStat any_row(const JsDivRows& rows, const void* p, const void* q, ForEach columns) {
   JsDivStat stat{};
+  stat.top_p = -std::numeric_limits<double>::infinity(), stat.top_q = -stat.top_p;  // not centred
   const auto lse = [&](const void* x, const RowsIn& side, double& sum, double& error) {
     const ExactSum exact = any_lse(x, side, rows.classes, rows.temperature, columns);
     sum = exact.sum, error = exact.error;
   };
   if (rows.p_space == kLogits) lse(p, rows.p, stat.lse_p, stat.lse_p_lo);
   if (rows.q_space == kLogits) lse(q, rows.q, stat.lse_q, stat.lse_q_lo);
-  const Mixture mixture(rows.beta);
+  const PlainMixture mixture(rows.beta);
   const auto pass = [&] {
     const Sides sides(rows, stat);
     return merged_segments<Sums>(
@@ -465,7 +562,7 @@ void any_gradient(const JsDivRows& rows, const void* p, const void* q, const Row
     return;
   }
   const Sides sides(rows, stat);
-  const Mixture mixture(rows.beta);
+  const PlainMixture mixture(rows.beta);
   const Weights weights(rows, coefficient);
   const D c_p(weights.p), c_q(weights.q);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
@@ -538,14 +635,21 @@ TD_INLINE D entry_dot(const Side& side, D prob, D dot, D ratio, D ratio_dot, dou
   return select(prob == zero, zero, g);
 }
 
+// E_p[sigma] and E_q[rho] themselves.
+JsDivStat with_whole_means(const JsDivRows& rows, JsDivStat stat) {
+  const Centred<double> centred(rows, stat, 1 / rows.temperature);
+  stat.mean_p += centred.p.ratio_at_centre, stat.mean_q += centred.q.ratio_at_centre;
+  return stat;
+}
+
 void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out,
                          ForEach columns) {
   const JsDivRows& rows = k.rows;
-  const JsDivStat stat = JsDivStat::load(k.stat + JsDivStat::kSize * row);
+  const JsDivStat stat = with_whole_means(rows, JsDivStat::load(k.stat + JsDivStat::kSize * row));
   const double coefficient = k.coefficient[row];
   const Sides sides(rows, stat);
   const Side &p_side = sides.p_side, &q_side = sides.q_side;
-  const Mixture mixture(rows.beta);
+  const PlainMixture mixture(rows.beta);
   const D zero(0.0), one(1.0);
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& v_p, D& v_q) __attribute__((always_inline)) {
     D l;
@@ -618,17 +722,18 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
 
 void js_div_forward(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return forward_any(k, begin, end, columns);
-  forward_logits(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { forward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_backward(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return backward_any(k, begin, end, columns);
-  backward_logits(k, begin, end, columns);
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { backward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_value_and_grad(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (!by_logits(k.rows)) return value_and_grad_any(k, begin, end, columns);
-  value_and_grad_logits(k, begin, end, columns);
+  dispatch_types(k.rows,
+                 [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_double_backward(const JsDivDoubleBackward& k, int64_t begin, int64_t end, ForEach columns) {

@@ -99,10 +99,15 @@ def _js_exact(
         ).sum(-1)
 
     gradients, scales = [], []
-    for prob, log_ratio, weight, space in ((q, rho, (1 - b) * unit, spaces[0]), (p, sigma, b * unit, spaces[1])):
+    for side, (prob, log_ratio, weight, space) in enumerate(
+        ((q, rho, (1 - b) * unit, spaces[0]), (p, sigma, b * unit, spaces[1]))
+    ):
         none = prob == 0
         if space == "logits":
-            g = times(prob, log_ratio - times(prob, log_ratio).sum(-1, keepdims=True))
+            around = log_ratio
+            if spaces == ("logits", "logits"):
+                around = _around_top(tensors, prob, ratio, (1 - b, b), side, scale)
+            g = times(prob, around - times(prob, around).sum(-1, keepdims=True))
             # the entries sum to 0, and where prob is nearly 1, that class's is known best by the others
             others = np.where(prob > 0.5, 0, g).sum(-1, keepdims=True)
             g = np.where(prob > 0.5, -others, g) / scale
@@ -118,6 +123,26 @@ def _js_exact(
             else:
                 scales.append(weight * largest(size if space == "probs" else prob * size))
     return Exact(unit * value, tuple(gradients), terms, tuple(scales))
+
+
+def _around_top(
+    tensors: tuple[Rows, ...], prob: Any, ratio: Any, shares: tuple[Any, Any], side: int, scale: Any
+) -> Any:
+    """rho (side 0) or sigma (side 1), less that of the side's likeliest class c.
+
+    rho - rho_c = log((1 - b + b e^l_c)/(1 - b + b e^l)), l = log p - log q: where all classes of any mass share one l,
+    this has no digits as a difference, and all of them from the exact difference of the logits.
+    """
+    own, other = (np.log(share) for share in (shares[side], shares[1 - side]))
+    log_ratio, x = ratio, tensors[1] - tensors[0]
+    if side:
+        log_ratio, x = -log_ratio, -x
+    top = np.argmax(np.where(np.isnan(prob), -1, prob), -1, keepdims=True)
+    mixture = np.logaddexp(own, other + log_ratio)
+    x_top, log_ratio_top, mixture_top = (np.take_along_axis(v, top, -1) for v in (x, log_ratio, mixture))
+    change = np.exp(other + log_ratio_top - mixture_top) * np.expm1((x - x_top) / scale)
+    near = np.abs(change) < 0.5
+    return np.where(near, -np.log1p(np.where(near, change, 0)), mixture_top - mixture)
 
 
 def js_mp_row(

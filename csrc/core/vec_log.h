@@ -1,0 +1,45 @@
+// The natural logarithm of float vectors, where sums of logarithms must keep float's last digits.
+#pragma once
+#include "core/vec_math.h"
+
+namespace torch_divergence::cpu::CPU_CAPABILITY {
+
+// log u in float, as the one in double of vec_math.h: for a normal u > 0 of which u - 1 is known better than from u
+// itself. u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f): P is the Chebyshev
+// interpolation of degree 7, relative error of the logarithm 2e-8.
+TD_INLINE Vec<float> log_of(Vec<float> u, Vec<float> u_minus_1) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  Vec<float> k, mantissa;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i bits = _mm512_castps_si512(u);
+  const __m512i whole = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kSqrtHalf)), 23);
+  k = _mm512_cvtepi32_ps(whole);
+  mantissa = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(whole, 23)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i bits = _mm256_castps_si256(u);
+  const __m256i whole = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(kSqrtHalf)), 23);
+  k = _mm256_cvtepi32_ps(whole);
+  mantissa = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(whole, 23)));
+#else
+  float lanes[kLanes<float>], exponents[kLanes<float>];
+  u.store(lanes);
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const auto bits = std::bit_cast<int32_t>(lanes[i]);
+    const int32_t whole = (bits - kSqrtHalf) >> 23;
+    exponents[i] = static_cast<float>(whole);
+    lanes[i] = std::bit_cast<float>(static_cast<int32_t>(bits - (static_cast<uint32_t>(whole) << 23)));
+  }
+  k = Vec<float>::loadu(exponents), mantissa = Vec<float>::loadu(lanes);
+#endif
+  const Vec<float> near = u_minus_1.abs() < Vec<float>(0.25f);
+  const Vec<float> f = select(near, u_minus_1, mantissa - Vec<float>(1.f));
+  k = select(near, Vec<float>(0.f), k);
+  constexpr float c[] = {-0.0790274367f, 0.126223192f, -0.129981831f, 0.142144963f,
+                         -0.166412815f,  0.200010449f, -0.25000307f,  0.333333313f};
+  Vec<float> y(c[0]);
+  for (int i = 1; i < 8; ++i) y = fmadd(y, f, Vec<float>(c[i]));
+  y = fmadd(f * f, fmadd(y, f, Vec<float>(-0.5f)), f);
+  return fmadd(k, Vec<float>(0.693147181f), y);
+}
+
+}  // namespace torch_divergence::cpu::CPU_CAPABILITY
