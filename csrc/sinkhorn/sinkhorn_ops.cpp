@@ -362,7 +362,7 @@ Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, 
     batch.for_each([&](int64_t s) {
       Problem p = batch.problem(s);
       check_values(p, is_double ? 1e-10 : 1e-5);
-      const auto sample = batch.sample<scalar_t>(s);
+      auto sample = batch.sample<scalar_t>(s);
       sample.set_cost_range(p);
       p.rounding = static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
       p.soft_min = [&](Side side, const Vector& potential, double at_eps, Vector& out) {

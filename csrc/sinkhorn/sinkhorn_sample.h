@@ -89,7 +89,7 @@ class Sample {
   }
 
   // The soft c-transform onto `side` of a problem over these pairs. out: going in, the potential of that side so far.
-  void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) const {
+  void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) {
     const bool rows = side == Side::Rows;
     const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
                  &col_offset = rows ? offset_y_ : offset_x_;
@@ -106,9 +106,17 @@ class Sample {
       for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - (out[i] + shift);
       return;
     }
-    const auto score = columns(cols, kNoScore, [&](size_t j) {
-      return weight[j] > 0 ? std::log2(weight[j]) + (potential[j] - col_offset[j]) * inv_eps * kLog2e : kNoScore;
-    });
+    // Kept from one update to the next: for a few points, logarithms and memory cost more than the pairs.
+    Vector& log_weight = log_weight_[rows];
+    if (log_weight.empty()) {
+      log_weight.resize(weight.size());
+      for (size_t j = 0; j < weight.size(); ++j) log_weight[j] = weight[j] > 0 ? std::log2(weight[j]) : kNoScore;
+    }
+    std::vector<A>& score = score_[rows];
+    score.resize(static_cast<size_t>(padded(cols)), static_cast<A>(kNoScore));
+    for (size_t j = 0; j < weight.size(); ++j)
+      score[j] =
+          static_cast<A>(weight[j] > 0 ? log_weight[j] + (potential[j] - col_offset[j]) * inv_eps * kLog2e : kNoScore);
     for (size_t i = 0; i < out.size(); ++i) out[i] = (row_offset[i] - out[i]) * inv_eps * kLog2e;
     run_rows(TD_CPU_KERNEL(sinkhorn_soft_min), SoftMin{pairs(side), score.data(), inv_eps, out.data()});
     for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - eps / kLog2e * out[i];
@@ -135,6 +143,8 @@ class Sample {
   int64_t n_, m_, dims_;
   std::vector<A> x_, y_;
   const A* matrix_ = nullptr;
+  Vector log_weight_[2];  // log2 of the columns' weights, by whether the rows are x's
+  std::vector<A> score_[2];
   Vector offset_x_, offset_y_;
 };
 

@@ -29,8 +29,14 @@ double translation(const Problem& p, const Vector& f, const Vector& g) {
 
 // |c - b E_b|_1/<b, E_b> without a pass, for G the update of g: c_j = b_j E_j exp(k_b (g_j - G_j)/eps).
 double marginal_error(const Vector& b, const Vector& g, const Vector& G, double eps, double rho) {
-  const double total = log_mass(b, g, rho), k = k_of(eps, rho);
+  const double k = k_of(eps, rho);
   double error = 0;
+  if (std::isinf(rho)) {
+    for (size_t j = 0; j < b.size(); ++j)
+      if (b[j] > 0) error += b[j] * std::abs(std::expm1((g[j] - G[j]) / eps));
+    return error / sum_of(b);
+  }
+  const double total = log_mass(b, g, rho);
   for (size_t j = 0; j < b.size(); ++j)
     if (b[j] > 0)
       error += std::exp(std::log(b[j]) - g[j] / rho - total) * std::abs(std::expm1(k * (g[j] - G[j]) / eps));
@@ -188,6 +194,8 @@ double dual_value(const Problem& p, const Vector& f, const Vector& g, const Vect
 }
 // f is the update from g, then shifted.
 double dual_of_update(const Problem& p, const Vector& f, const Vector& g, double shift) {
+  if (std::isinf(p.rho_a))
+    return side_value(p.a, f, p.rho_a) + side_value(p.b, g, p.rho_b) - p.eps * sum_of(p.a) * (1 - sum_of(p.b));
   Vector log_row_ratio(f.size());
   for (size_t i = 0; i < f.size(); ++i) log_row_ratio[i] = -(f[i] - shift) / p.rho_a;
   return dual_value(p, f, g, log_row_ratio);
