@@ -253,9 +253,9 @@ def draw(times: Times, picture: Path, subtitle: str) -> None:
         labels["memory limit"] = line
         axes.set(xscale="log", yscale="log", title=name)
         axes.grid(alpha=0.3, which="both")
-    for axes in grid[-1]:
+    for axes in (*grid[-1, :-1], grid[0, -1]):  # the last place is the legend's
         axes.set_xlabel("classes")
-    grid[0, 2].tick_params(labelbottom=True)
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("ns an entry, forward + backward")
     grid.flat[-1].set_axis_off()
@@ -280,7 +280,7 @@ def report(shapes: tuple[Shape, ...], rounds: int, results: Path, picture: Path)
     lines = [
         *heading("Losses between distributions: forward and backward", "divergences.py", capability, others),
         f"float32, independent `randn` logits, mean over the rows, {rounds} rounds. Milliseconds; in brackets,",
-        "multiples of the limit of memory, which is given in units of the time of `dst.copy_(src)` for one input: 1.5 for",
+        "multiples of the limit of memory, in units of the time of `dst.copy_(src)` for one input: 1.5 for",
         "two inputs and one gradient, 1 for one input and its gradient, 2 for two of each. The last columns: how many",
         "times slower than `td` the peers are. `eager` and `torch.compile` are the textbook formulas of",
         "benchmarks/divergences.py. Target distributions are given to all as logits.",

@@ -441,7 +441,7 @@ def report(sizes: Sizes, results: Path, picture: Path) -> None:
     lines = [
         *heading("Entropic optimal transport between point clouds", "sinkhorn.py", capability, others, *found),
         f"float32, points uniform in the unit cube, cost |x - y|^2/2, blur {BLUR:g}, uniform weights. An iteration",
-        "updates both potentials: it visits every pair twice. It is timed as the difference of two numbers of iterations.",
+        "updates both potentials: it visits every pair twice. Its time is the difference of two numbers of iterations.",
         *([f"Not importable here, so not compared: {', '.join(missing)}."] * bool(missing)),
         "",
         f"## Pairs visited in a second, {sizes.pairs} points a cloud",
@@ -463,6 +463,7 @@ def report(sizes: Sizes, results: Path, picture: Path) -> None:
         "",
         f"Debiased, tol {TOL:g}; `{OURS}` reached the marginal error {reached:.1e}, where the dense iterations stop.",
         f"`{ENVELOPE}` differentiates the dual at fixed potentials, `{UNROLLED.split(', ')[1]}` all iterations.",
+        *([f"`{GEOMLOSS}` stops by its own schedule."] * (GEOMLOSS in whole)),
         "",
         *table(["contender", "ms", f"/ {OURS}"], compared(whole, whole_points, n)),
         "",
