@@ -188,6 +188,8 @@ sanitize: $(STAMPS)/venv
 
 bench: build
 	python benchmarks/kl_div.py
+	python benchmarks/divergences.py
+	python benchmarks/sinkhorn.py
 
 format: $(STAMPS)/venv
 	ruff check --fix .

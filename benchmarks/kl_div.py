@@ -5,37 +5,44 @@ python benchmarks/kl_div.py --capability avx2   this library alone, with that in
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
-import random
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch_divergence as td
+from common import (
+    COMPILED,
+    COPY,
+    EAGER,
+    HERE,
+    IMAGES,
+    IN_PLACE,
+    LIMIT_COPIES,
+    OURS,
+    SMALL_STEPS,
+    THREADS,
+    Clock,
+    Copy,
+    Figures,
+    Goals,
+    Step,
+    heading,
+    machine,
+    measure_in_turns,
+    write,
+)
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-PICTURE = HERE.parent / "docs" / "images" / "kl_div_speed.png"
-THREADS = 2
-# The time of reading both inputs and writing one gradient, in units of one copy: three streams of memory against two.
-LIMIT_COPIES = 1.5
+PICTURE = IMAGES / "kl_div_speed.png"
 INPUTS = ("independent", "near")
 GRADIENTS = (1.0, 0.25)
-OURS, IN_PLACE, EAGER, COMPILED, COPY = "td", "td, in place", "eager", "torch.compile", "copy_"
 OURS_ALONE = [COPY, OURS, IN_PLACE]
-WARM_STEPS = 2  # this library expects the incoming gradient that came twice
-SMALL_STEPS = 200  # steps in one sample where a step takes microseconds
-Figures = dict[str, float]  # by key()
 
 
 class Case(NamedTuple):
@@ -78,58 +85,6 @@ def eager(input: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(input, -1), F.log_softmax(target, -1), log_target=True, reduction="batchmean")
 
 
-class FreshLogits(torch.autograd.Function):
-    """A copy that is not a leaf, like the output of a model's last layer. Backward ends here, at no cost."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
-
-
-class Step:
-    """One forward and backward. prepare() is not timed; gradient() is what the last step computed."""
-
-    def __init__(self, contender: str, loss: Callable[..., Tensor], input: Tensor, target: Tensor, incoming: float):
-        self.in_place = contender == IN_PLACE
-        self.loss, self.target = loss, target
-        self.leaf = input.detach().requires_grad_()
-        self.incoming = torch.tensor(incoming)
-        self.logits = self.leaf
-
-    def prepare(self) -> None:
-        self.leaf.grad = None
-        if self.in_place:
-            self.logits = FreshLogits.apply(self.leaf)
-
-    def __call__(self) -> None:
-        if self.in_place:
-            self.loss(self.logits, self.target, inplace_grad=True).backward(self.incoming)
-        else:
-            self.loss(self.logits, self.target).backward(self.incoming)
-
-    def gradient(self) -> Tensor:
-        return self.logits.detach() if self.in_place else self.leaf.grad
-
-    def release(self) -> None:
-        self.leaf.grad, self.logits = None, self.leaf
-
-
-class Copy:
-    def __init__(self, source: Tensor):
-        self.source, self.destination = source, source.clone()
-
-    def prepare(self) -> None: ...
-
-    def __call__(self) -> None:
-        self.destination.copy_(self.source)
-
-    def release(self) -> None: ...
-
-
 def make_inputs(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -143,17 +98,23 @@ def gradient_error(step: Step) -> float:
     """Largest error in the first rows against float64, relative to the row's largest entry."""
     step.prepare()
     step()
-    input, target = step.leaf.detach()[:64].double(), step.target[:64].double()
-    expected = (input.softmax(-1) - target.softmax(-1)) * (step.incoming / len(step.leaf))
+    (leaf,), (target,) = step.leaves, step.constants
+    expected = leaf.detach()[:64].double().softmax(-1) - target[:64].double().softmax(-1)
+    expected *= step.incoming / len(leaf)
     error = (step.gradient()[:64].double() - expected).abs().amax(-1) / expected.abs().amax(-1)
     step.release()
     return error.max().item()
 
 
 def measure(case: Case, contenders: list[str], rounds: int, all_gradients: bool = True) -> tuple[Figures, Figures]:
-    """Median seconds, and errors of the gradients. In each round each contender has its turn, in a new random order."""
+    """Median seconds, and errors of the gradients, by key()."""
     torch._dynamo.reset()
-    functions = {OURS: td.kl_div, IN_PLACE: td.kl_div, EAGER: eager, COMPILED: torch.compile(eager, dynamic=False)}
+    functions = {
+        OURS: td.kl_div,
+        IN_PLACE: partial(td.kl_div, inplace_grad=True),
+        EAGER: eager,
+        COMPILED: torch.compile(eager, dynamic=False),
+    }
     data = make_inputs(case)
     steps: dict[str, Step | Copy] = {}
     errors = {}
@@ -162,34 +123,13 @@ def measure(case: Case, contenders: list[str], rounds: int, all_gradients: bool 
             steps[key(COPY)] = Copy(data["near"][1])
             continue
         for inputs, gradient in itertools.product(INPUTS, GRADIENTS if all_gradients else (1.0,)):
-            step = Step(contender, functions[contender], *data[inputs], gradient)
+            input, target = data[inputs]
+            step = Step(functions[contender], [input], [target], gradient, contender == IN_PLACE)
             steps[key(contender, inputs, gradient)] = step
             errors[key(contender, inputs, gradient)] = gradient_error(step)
 
     small = case.rows * case.classes < 2**16
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            step = steps[name]
-            # Buffers and threads are as warm as in a training loop, whatever ran before.
-            for _ in range(WARM_STEPS):
-                step.prepare()
-                step()
-            if small:
-                start = time.perf_counter()
-                for _ in range(SMALL_STEPS):
-                    step.prepare()
-                    step()
-                samples[name].append((time.perf_counter() - start) / SMALL_STEPS)
-            else:
-                step.prepare()
-                start = time.perf_counter()
-                step()
-                samples[name].append(time.perf_counter() - start)
-            step.release()
-    return {name: statistics.median(times) for name, times in samples.items()}, errors
+    return measure_in_turns(steps, rounds, SMALL_STEPS if small else 1), errors
 
 
 def worker(config: dict) -> None:
@@ -223,23 +163,6 @@ def run_worker(
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
-
-
-class Goals:
-    """Counts the goals that were met, and marks the figures that miss one."""
-
-    def __init__(self) -> None:
-        self.met = 0
-        self.missed: list[str] = []
-
-    def mark(self, text: str, value: float, bound: float | None, at_most: bool, what: str) -> str:
-        if bound is None:
-            return text
-        if value <= bound if at_most else value >= bound:
-            self.met += 1
-            return text
-        self.missed.append(f"{what}: {value:.2f}, goal {'at most' if at_most else 'at least'} {bound:g}")
-        return f"**{text}** miss"
 
 
 def large_table(times: dict[Case, Figures], contenders: list[str], goals: Goals | None) -> list[str]:
@@ -290,7 +213,7 @@ def error_table(errors: dict[Case, Figures], contenders: list[str]) -> list[str]
     return lines
 
 
-def draw(times: dict[Case, Figures], machine: str) -> None:
+def draw(times: dict[Case, Figures], subtitle: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,34 +237,11 @@ def draw(times: dict[Case, Figures], machine: str) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7 * min(limit))
     axes.set(xlabel="classes (rows x classes = $2^{23}$, float32; dotted: near inputs)", ylabel="ms")
-    axes.set_title(f"KL divergence from logits, forward + backward\n{machine}", fontsize=10)
+    axes.set_title(f"KL divergence from logits, forward + backward\n{subtitle}", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def busy_seconds() -> tuple[float, float]:
-    """CPU time of the whole machine, and of this program with the processes it has waited for."""
-    used = os.times()
-    ours = used.user + used.system + used.children_user + used.children_system
-    if not Path("/proc/stat").exists():
-        return ours, ours
-    user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), ours
-
-
-def read_setting(path: str) -> str:
-    return Path(path).read_text().strip() if Path(path).exists() else "not there"
 
 
 def run_capability(name: str) -> Run:
@@ -351,35 +251,19 @@ def run_capability(name: str) -> Run:
 
 def report() -> None:
     everyone = [COPY, OURS, IN_PLACE, EAGER, COMPILED]
-    start, (machine_start, ours_start) = time.perf_counter(), busy_seconds()
+    clock = Clock()
     main_run = run_worker("large shapes", list(LARGE), everyone, rounds=11)
     small = run_worker("small rows", [SMALL], [OURS, EAGER, COMPILED], rounds=21)
     huge = run_worker("with THP_MEM_ALLOC_ENABLE=1", list(LARGE), everyone, rounds=9, THP_MEM_ALLOC_ENABLE="1")
     lower = [run_capability(name) for name in ("avx2", "default")]
     sweep = run_worker("classes", SWEEP, everyone, rounds=5, all_gradients=False)
     best = main_run.capability
-    machine_end, ours_end = busy_seconds()
-    others = (machine_end - machine_start - (ours_end - ours_start)) / (time.perf_counter() - start)
+    others = clock.other_programs()
 
-    machine = f"{cpu_model()}, {THREADS} threads, {best}, torch {torch.__version__.split('+')[0]}"
-    draw(sweep.times, machine)
+    draw(sweep.times, machine(best))
     goals = Goals()
     lines = [
-        "# KL divergence from logits: forward and backward",
-        "",
-        "Written by `python benchmarks/kl_div.py`; README.md states the rules.",
-        "",
-        f"- date: {datetime.date.today().isoformat()}",
-        f"- processor: {cpu_model()}, {os.cpu_count()} cores, {best}; other programs kept {others:.2f} cores busy",
-        f"- system: {platform.system()} {platform.release()}, transparent huge pages "
-        f"`{read_setting('/sys/kernel/mm/transparent_hugepage/enabled')}`",
-        f"- torch {torch.__version__}, torch_divergence {td.__version__}, Python {platform.python_version()}, "
-        f"{THREADS} threads",
-        "",
-        *(
-            [f"**Not an idle machine ({others:.2f} cores busy): run it again before quoting a figure.**", ""]
-            * (others > 0.1)
-        ),
+        *heading("KL divergence from logits: forward and backward", "kl_div.py", best, others),
         "## Large shapes",
         "",
         f"Milliseconds; in brackets, multiples of the limit ({LIMIT_COPIES} x the time of `dst.copy_(src)` for one "
@@ -413,13 +297,8 @@ def report() -> None:
         "",
         *error_table(main_run.errors, everyone[1:]),
     ]
-    total = goals.met + len(goals.missed)
-    lines += ["", f"## Goals: {goals.met} of {total} met", ""]
-    lines += [f"- missed: {text}" for text in goals.missed] or ["None is missed."]
-    text = "\n".join(lines) + "\n"
-    (HERE / "RESULTS.md").write_text(text)
-    print(text)
-    print(f"written: benchmarks/RESULTS.md, {PICTURE.relative_to(HERE.parent)}; {time.perf_counter() - start:.0f} s")
+    lines += ["", *goals.lines()]
+    write(lines, HERE / "RESULTS.md", PICTURE, clock)
 
 
 def main() -> None:

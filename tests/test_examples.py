@@ -1,4 +1,4 @@
-"""The examples and the benchmark in a quick form: the claims they check hold, and the two languages agree."""
+"""The examples and the benchmarks in a quick form: the claims they check hold, and the two languages agree."""
 
 import json
 import re
@@ -120,6 +120,17 @@ def test_benchmark():
     assert min(times.values()) > 0
     assert len(errors) == 3 * 4
     assert max(errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("name, losses", (("divergences", 7), ("sinkhorn", 2)))
+def test_benchmarks_of_other_losses(name, losses, tmp_path):
+    """Each program on tiny inputs: it stops where a contender's value or gradient is wrong."""
+    output = run(sys.executable, ROOT / f"benchmarks/{name}.py", "--quick", "--output", tmp_path)
+    errors = re.findall(r"^(?!\|).*of the gradient (\S+)$|^.*largest relative error (\S+)$", output, re.M)
+    assert len(errors) == losses
+    assert max(float(error or other) for error, other in errors) < 1e-4
+    assert "| td |" in (tmp_path / f"RESULTS_{name.upper()}.md").read_text()
+    assert (tmp_path / f"{name}_speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gradient_flow(tmp_path):
