@@ -103,10 +103,11 @@ class Anderson {
  public:
   explicit Anderson(const Vector& b) : b_(b) {}
 
-  // dual: its value at g, whose error in arithmetic is below `noise`. Was the last step one to take back?
-  bool lowered(double dual, double noise) {
-    const bool worse = mixed_ && dual < last_dual_ - noise;
-    if (!worse) last_dual_ = dual;
+  // dual: its value at g, whose error in arithmetic is below `noise`; unit: eps times the mass. Was the last step one
+  // to take back? Combinations that lower the dual by less than a unit still converge faster than plain steps.
+  bool lowered(double dual, double noise, double unit) {
+    const bool worse = mixed_ && dual < best_dual_ - noise - unit;
+    if (!worse) best_dual_ = std::max(best_dual_, dual);
     return worse;
   }
   Vector take_back() {
@@ -114,7 +115,6 @@ class Anderson {
     d_r_.clear();
     d_g_.clear();
     last_r_.clear();
-    best_ = kInf;
     pause_ = wait_;
     wait_ = std::min<int64_t>(2 * wait_, 64);
     return last_g_;
@@ -178,7 +178,7 @@ class Anderson {
   }
 
   const Vector& b_;
-  double best_ = kInf, last_dual_ = -kInf;
+  double best_ = kInf, best_dual_ = -kInf;
   bool mixed_ = false;
   int64_t pause_ = 0, wait_ = 2;  // plain steps to come, and after the next step that is taken back
   Vector last_r_, last_g_;
@@ -221,9 +221,9 @@ Solution solve_pair(const Problem& p, double tol, int64_t max_iter, const Vector
     for (double& v : s.f) v += shift;
     for (double& v : s.g) v -= shift;
     if (!anneals && s.iterations < max_iter) {
-      const double noise =
-          8 * p.rounding * (largest(p.a, s.f) + largest(p.b, s.g)) * std::max(sum_of(p.a), sum_of(p.b));
-      if (anderson.lowered(dual_of_update(p, s.f, s.g, shift), noise)) {
+      const double mass = std::max(sum_of(p.a), sum_of(p.b)),
+                   noise = 8 * p.rounding * (largest(p.a, s.f) + largest(p.b, s.g)) * mass;
+      if (anderson.lowered(dual_of_update(p, s.f, s.g, shift), noise, eps * mass)) {
         s.g = anderson.take_back();
         continue;
       }
