@@ -1,8 +1,21 @@
-// The natural logarithm of float vectors, where sums of logarithms must keep float's last digits.
+// Comparisons whose result stays in a mask register where there are such, and the natural logarithm of float vectors.
 #pragma once
 #include "core/vec_math.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
+
+// where(a < b, ...): as select() of vec_math.h, without the way through a vector of ones.
+#if defined(CPU_CAPABILITY_AVX512)
+TD_INLINE __mmask16 less(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+TD_INLINE __mmask8 less(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+TD_INLINE Vec<float> select(__mmask16 mask, Vec<float> a, Vec<float> b) { return _mm512_mask_blend_ps(mask, b, a); }
+TD_INLINE Vec<double> select(__mmask8 mask, Vec<double> a, Vec<double> b) { return _mm512_mask_blend_pd(mask, b, a); }
+#else
+template <class A>
+TD_INLINE Vec<A> less(Vec<A> a, Vec<A> b) {
+  return a < b;
+}
+#endif
 
 // log u in float, as the one in double of vec_math.h: for a normal u > 0 of which u - 1 is known better than from u
 // itself. u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f): P is the Chebyshev
@@ -31,7 +44,7 @@ TD_INLINE Vec<float> log_of(Vec<float> u, Vec<float> u_minus_1) {
   }
   k = Vec<float>::loadu(exponents), mantissa = Vec<float>::loadu(lanes);
 #endif
-  const Vec<float> near = u_minus_1.abs() < Vec<float>(0.25f);
+  const auto near = less(u_minus_1.abs(), Vec<float>(0.25f));
   const Vec<float> f = select(near, u_minus_1, mantissa - Vec<float>(1.f));
   k = select(near, Vec<float>(0.f), k);
   constexpr float c[] = {-0.0790274367f, 0.126223192f, -0.129981831f, 0.142144963f,

@@ -23,8 +23,8 @@ TD_INLINE Vec<A> expm1_small(Vec<A> x) {
   return fmadd(x * x, phi_over_square<A>(minus_x, fma), x);
 }
 template <class A>
-TD_INLINE Vec<A> is_small(Vec<A> x) {
-  return x.abs() < Vec<A>(A(0.5));
+TD_INLINE auto is_small(Vec<A> x) {
+  return less(x.abs(), Vec<A>(A(0.5)));
 }
 
 // The class around which one side's logarithms are taken: -log(own + other e^k) is its ratio to m, k <= 0.
@@ -34,8 +34,8 @@ struct Centre {
   double ratio_at_centre;
 
   TD_INLINE Centre(double own_, double other_, double k) : Centre(own_, other_, k, own_ + other_ * std::exp(k)) {}
-  // The argument of -log that gives the ratio less its centre's, and that less 1; e = e^l, u = l - k.
-  TD_INLINE Vec<A> argument(Vec<A> e) const { return fmadd(other, e, own) * inv_g; }
+  // The argument of -log that gives the ratio less its centre's is (own + other e) inv_g, and this is that less 1; e =
+  // e^l, u = l - k.
   TD_INLINE Vec<A> argument_minus_1(Vec<A> e, Vec<A> u) const {
     return select(is_small(u), weight * expm1_small(u), (e - e_k) * scale);
   }
@@ -52,7 +52,12 @@ struct Centre {
         ratio_at_centre(-std::log1p(other_ * std::expm1(k))) {}
 };
 
-// sigma, rho and the scaled term of a class, from l and both probabilities.
+// The exponential of a class and what its logarithm needs of it.
+template <class A>
+struct Begun {
+  Vec<A> l, e, argument_minus_1;
+};
+// sigma, rho and the scaled term of a class.
 template <class A>
 struct Terms {
   Vec<A> sigma, rho, term;
@@ -60,48 +65,56 @@ struct Terms {
   Vec<A> gap;          // q - p, as l has it
 };
 
+// In two steps: the chain of operations from l to the term is longer than what a processor looks ahead.
 template <class A>
 struct Mixture {
   using V = Vec<A>;
-  V beta, rest, inv_beta, inv_rest, turn;
+  V beta, rest, inv_both, turn;
   V series[JsSeries::kTerms];
 
   TD_INLINE explicit Mixture(double b)
       : beta(static_cast<A>(b)),
         rest(static_cast<A>(1 - b)),
-        inv_beta(static_cast<A>(1 / b)),
-        inv_rest(static_cast<A>(1 / (1 - b))),
+        inv_both(static_cast<A>(1 / (b * (1 - b)))),
         turn(static_cast<A>(js_turn(b))) {
     const JsSeries s(b);
     for (int k = 0; k < JsSeries::kTerms; ++k) series[k] = V(static_cast<A>(s.c[k]));
   }
 
-  // l finite or NaN, u = l less that of Q's centre.
-  TD_INLINE Terms<A> operator()(V l, V u, V p, V q, const Centre<A>& centre) const {
-    const V zero(A(0)), one(A(1));
-    const V turned = l > turn;
-    // base e^down is the other side's probability; e^down is bounded.
-    const V down = select(turned, zero - l, l), base = select(turned, p, q), e = exp_of<true>(down);
-    const V minus_log = zero - log_of(select(turned, fmadd(rest, e, beta), centre.argument(e)),
-                                      select(turned, rest * (e - one), centre.argument_minus_1(e, u)));
+  // l finite or NaN, u = l less that of Q's centre. e = e^l, or e^-l where l is above its turn; there the argument of
+  // the logarithm is nowhere near 1.
+  TD_INLINE Begun<A> begin(V l, V u, const Centre<A>& centre) const {
+    const auto turned = less(turn, l);
+    const V e = exp_of<true>(select(turned, V(A(0)) - l, l));
+    return {l, e, select(turned, V(A(-1)), centre.argument_minus_1(e, u))};
+  }
+  TD_INLINE Terms<A> finish(const Begun<A>& begun, V p, V q, const Centre<A>& centre) const {
+    const V zero(A(0)), l = begun.l;
+    const auto turned = less(turn, l);
+    // base e^down is the other side's probability, base mass that of m.
+    const V base = select(turned, p, q), down = select(turned, zero - l, l);
+    const V of_other = select(turned, rest, beta) * begun.e, mass = of_other + select(turned, beta, rest);
+    const V minus_log = zero - log_of(select(turned, mass, mass * centre.inv_g), begun.argument_minus_1);
+    const V ratio = select(turned, minus_log, minus_log + centre.ratio);
     Terms<A> y;
-    y.rho = select(turned, minus_log - l, minus_log + centre.ratio);
-    y.sigma = select(turned, minus_log, y.rho + l);
-    y.from_centre = select(turned, y.rho - centre.ratio, minus_log);
+    y.from_centre = select(turned, minus_log - (l + centre.ratio), minus_log);
+    y.rho = select(turned, minus_log - l, ratio);
+    y.sigma = select(turned, minus_log, ratio + l);
     V s = series[JsSeries::kTerms - 1];
     for (int k = JsSeries::kTerms - 2; k >= 0; --k) s = fmadd(s, l, series[k]);
-    const V of_p = y.sigma * inv_rest, of_q = y.rho * inv_beta;
-    const V closed = select(turned, fmadd(e, of_q, of_p), fmadd(e, of_p, of_q));
-    y.term = base * select(l.abs() < V(static_cast<A>(JsSeries::reach<A>())), l * l * s, closed);
-    const V growth = select(is_small(l), expm1_small(down), e - one);
+    const V closed = fmadd(mass, ratio * inv_both, of_other * inv_both * down);
+    y.term = base * select(less(l.abs(), V(static_cast<A>(JsSeries::reach<A>()))), l * l * s, closed);
+    const V growth = select(is_small(l), expm1_small(down), begun.e - V(A(1)));
     y.gap = base * select(turned, growth, zero - growth);
     return y;
   }
+
   // sigma less that of P's centre, from rho: its own logarithm where l > 0.
   TD_INLINE V sigma_from_centre(V l, V u, V rho, const Centre<A>& centre) const {
     const V zero(A(0)), down = min_of(zero - l, zero), e = exp_of<true>(down);
-    const V minus_log = zero - log_of(centre.argument(e), centre.argument_minus_1(e, zero - u));
-    return select(l > zero, minus_log, (l + rho) - centre.ratio);
+    const V minus_log =
+        zero - log_of(fmadd(centre.other, e, centre.own) * centre.inv_g, centre.argument_minus_1(e, zero - u));
+    return select(less(zero, l), minus_log, (l + rho) - centre.ratio);
   }
 };
 
@@ -109,7 +122,7 @@ struct Mixture {
 struct PlainMixture : Mixture<double> {
   Centre<double> zero;
   TD_INLINE explicit PlainMixture(double b) : Mixture<double>(b), zero(1 - b, b, 0) {}
-  TD_INLINE Terms<double> operator()(D l, D p, D q) const { return Mixture<double>::operator()(l, l, p, q, zero); }
+  TD_INLINE Terms<double> operator()(D l, D p, D q) const { return finish(begin(l, l, zero), p, q, zero); }
 };
 
 // Both probabilities and l of some classes, whatever they are given in. In double.
@@ -169,25 +182,38 @@ struct Kept {
   double* max;
 };
 
+// Exponentials of one chunk and their sum. Not kMasked: the caller hopes for numbers within 1e5 T of the maximum, and
+// finds a sum that is not finite where there is something else.
+template <class A, bool kMasked, class T>
+TD_INLINE double exp_chunk(const T* x, int64_t n, double max_, double inv_t_, A* exps) {
+  const Vec<A> inv_t(static_cast<A>(inv_t_)), max(static_cast<A>(finite_or_zero(max_)));
+  double total = 0;
+  for (int64_t b = 0; b < n; b += kBlock) {
+    Vec<A> sum(A(0));
+    for_lanes<A>(
+        std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+          constexpr bool kTail = std::is_same_v<decltype(count), int>;
+          // The next chunk comes from memory meanwhile; beyond the row is the next one.
+          __builtin_prefetch(x + b + i + kChunk);
+          const Vec<A> e = exp_of < !kMasked && !kTail > ((load_lanes<A>(x + b + i, count, -kInf<A>) - max) * inv_t);
+          sum = sum + e;
+          store_lanes<A>(exps + b + i, e, count);
+        });
+    total += sum_of(sum);
+  }
+  return total;
+}
+
 template <class A, class T>
-LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t_, const Kept<A>& kept) {
-  const Vec<A> inv_t(static_cast<A>(inv_t_));
+LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t, const Kept<A>& kept) {
   LseScan scan;
   for (int64_t c = first; c < last; c += kChunk) {
     const int64_t n = std::min(kChunk, last - c);
-    scan.raise(max_of_row<A>(x + c, n), inv_t_);
+    scan.raise(max_of_row<A>(x + c, n), inv_t);
     kept.max[c / kChunk] = scan.max;
-    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
-    for (int64_t b = c; b < c + n; b += kBlock) {
-      Vec<A> sum(A(0));
-      for_lanes<A>(
-          std::min(kBlock, c + n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const Vec<A> e = exp_of((load_lanes<A>(x + b + i, count, -kInf<A>) - max) * inv_t);
-            sum = sum + e;
-            store_lanes<A>(kept.exps + b + i, e, count);
-          });
-      scan.sum += sum_of(sum);
-    }
+    double sum = exp_chunk<A, false>(x + c, n, scan.max, inv_t, kept.exps + c);
+    if (!std::isfinite(sum)) sum = exp_chunk<A, true>(x + c, n, scan.max, inv_t, kept.exps + c);
+    scan.sum += sum;
   }
   return scan;
 }
@@ -252,23 +278,31 @@ Sums mixed_columns(const JsDivRows& rows, const TP* p, const TQ* q, int64_t firs
                    const Mixture<A>& mixture, const JsDivStat& stat, const Kept<A>& kept_p, const Kept<A>& kept_q,
                    A* aside) {
   const Centred<A> centred(rows, stat, inv_t);
+  A waiting[kP ? 4 : 3][kBlock];
   Sums sums;
   for (int64_t c = first; c < last; c += kBlock) {
     const int64_t chunk = c / kChunk;
     const Vec<A> to_p(static_cast<A>(kept_factor(kept_p.max[chunk], stat.lse_p + stat.lse_p_lo, inv_t))),
         to_q(static_cast<A>(kept_factor(kept_q.max[chunk], stat.lse_q + stat.lse_q_lo, inv_t)));
     Vec<A> term(A(0)), p_sigma(A(0)), q_rho(A(0));
+    const int64_t n = std::min(kBlock, last - c);
     for_lanes<A>(
-        std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
-          const Vec<A> x = load_lanes<A>(kept_p.exps + c + i, count, A(0)) * to_p,
-                       y = load_lanes<A>(kept_q.exps + c + i, count, A(0)) * to_q;
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) {
           const auto at =
               centred.ratio.raised(load_lanes<A>(p + c + i, count, A(0)), load_lanes<A>(q + c + i, count, A(0)));
-          const Vec<A> l = centred.ratio.l(at);
-          const auto terms = mixture(l, centred.ratio.from_q(at), x, y, centred.q);
+          const auto begun = mixture.begin(centred.ratio.l(at), centred.ratio.from_q(at), centred.q);
+          begun.l.store(waiting[0] + i), begun.e.store(waiting[1] + i), begun.argument_minus_1.store(waiting[2] + i);
+          if constexpr (kP) centred.ratio.from_p(at).store(waiting[3] + i);
+        });
+    for_lanes<A>(
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> x = load_lanes<A>(kept_p.exps + c + i, count, A(0)) * to_p,
+                       y = load_lanes<A>(kept_q.exps + c + i, count, A(0)) * to_q;
+          const Begun<A> begun{load<A>(waiting[0] + i), load<A>(waiting[1] + i), load<A>(waiting[2] + i)};
+          const auto terms = mixture.finish(begun, x, y, centred.q);
           term = term + terms.term;
           if constexpr (kP) {
-            const Vec<A> of_p = x * mixture.sigma_from_centre(l, centred.ratio.from_p(at), terms.rho, centred.p);
+            const Vec<A> of_p = x * mixture.sigma_from_centre(begun.l, load<A>(waiting[3] + i), terms.rho, centred.p);
             p_sigma = p_sigma + of_p;
             if constexpr (kAside && !kQ) store_lanes<A>(aside + c + i, of_p, count);
           }
@@ -296,7 +330,8 @@ double gap_of_columns(const JsDivRows& rows, const TP* p, const TQ* q, int64_t f
         std::min(kBlock, last - c), [&](int64_t i, auto count) __attribute__((always_inline)) {
           const Vec<A> t = load_lanes<A>(p + c + i, count, -kInf<A>), s = load_lanes<A>(q + c + i, count, -kInf<A>);
           const auto at = centred.ratio.raised(t, s);
-          gap = gap + mixture(centred.ratio.l(at), centred.ratio.from_q(at), prob_p(t), prob_q(s), centred.q).gap;
+          const auto begun = mixture.begin(centred.ratio.l(at), centred.ratio.from_q(at), centred.q);
+          gap = gap + mixture.finish(begun, prob_p(t), prob_q(s), centred.q).gap;
         });
     sum += sum_of(gap);
   }
@@ -371,7 +406,7 @@ void logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_p
         const Vec<A> x = prob_p(t), y = prob_q(s);
         const auto at = centred.ratio.raised(t, s);
         const Vec<A> l = centred.ratio.l(at);
-        const auto terms = mixture(l, centred.ratio.from_q(at), x, y, centred.q);
+        const auto terms = mixture.finish(mixture.begin(l, centred.ratio.from_q(at), centred.q), x, y, centred.q);
         // Written last: either may be the storage of its own side.
         if constexpr (kP) {
           const Vec<A> sigma = mixture.sigma_from_centre(l, centred.ratio.from_p(at), terms.rho, centred.p);
