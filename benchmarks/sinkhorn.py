@@ -237,7 +237,7 @@ def iterations_compared(sizes: Sizes) -> tuple[Figures, dict[str, int]]:
         MATVECS: matvecs(kernel),
         DENSE: lambda n: dense_sinkhorn(cost, n),
     }
-    seconds = one_iteration(calls, 2, 6, min(sizes.rounds, 3))
+    seconds = one_iteration(calls, 1, 3, min(sizes.rounds, 3))
     del kernel
     points = dict.fromkeys(seconds, sizes.iteration)
 
@@ -251,7 +251,7 @@ def iterations_compared(sizes: Sizes) -> tuple[Figures, dict[str, int]]:
     if peers:
         # POT looks at its error in the first of ten iterations: both numbers include that once.
         factor = (sizes.iteration / sizes.peers) ** 2
-        small = one_iteration(peers, 2, 6, min(sizes.rounds, 3))
+        small = one_iteration(peers, 1, 3, min(sizes.rounds, 3))
         seconds |= {name: factor * time for name, time in small.items()}
         points |= dict.fromkeys(peers, sizes.peers)
     return seconds, points
