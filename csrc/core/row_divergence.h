@@ -294,7 +294,9 @@ class RowDivergence {
           at::areAnyTensorSubclassLike(s)) {
         const auto each = (g * scale).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
         auto [gp, gq] = Options::with(ctx, [&](O... options) {
-          return RowDivergence::backward(weighted(each, s[4]), s[0], s[1], s[2], options..., mask);
+          // A visit that stores one side's gradient need not leave what the other's takes.
+          const auto stat = mask[wrt_q ? 0 : 1] ? std::get<1>(rows(s[0], s[1], if_defined(s[4]), options...)) : s[2];
+          return RowDivergence::backward(weighted(each, s[4]), s[0], s[1], stat, options..., mask);
         });
         result[0] = undefined_unless(mask[0], gp);
         result[1] = undefined_unless(mask[1], gq);
