@@ -60,7 +60,7 @@ struct JsDivRows : RowPair {
 // S of the term q l^2 S(l) for small l: with g = 1 - b + b e^l it is (b l e^l - g log g)/(b (1 - b)), whose
 // singularities nearest to 0 are at |l| >= pi. S(0) = 1/2.
 struct JsSeries {
-  static constexpr int kTerms = 10;
+  static constexpr int kTerms = 12;
   double c[kTerms] = {};
 
   TD_HOST_DEVICE explicit JsSeries(double b) {
@@ -82,7 +82,7 @@ struct JsSeries {
   // Up to which |l| the series has all digits, and beyond which the closed form has enough.
   template <class A>
   TD_HOST_DEVICE static constexpr double reach() {
-    return sizeof(A) == 4 ? 0.5 : 0.05;
+    return sizeof(A) == 4 ? 1 : 0.05;
   }
 };
 // Up to which l rho has a logarithm of its own.
