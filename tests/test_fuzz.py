@@ -22,8 +22,8 @@ fuzzed = settings(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-# One call in some ten thousand: a float64 gradient of js_div whose largest entry is 4e-28 was right to 1.3e-9 of it, not
-# to 1e-11. README.md names it.
+# One call in some ten thousand: a float64 gradient of js_div whose largest entry is 4e-28 was right to 1.3e-9 of it,
+# not to 1e-11. README.md names it.
 TINY = pytest.mark.xfail(reason="js_div: gradients near 1e-28 keep 9 digits in float64", strict=False)
 losses = pytest.mark.parametrize(
     "loss",
