@@ -19,66 +19,19 @@
 #include <cstdio>
 #include <optional>
 
+#include "common.h"
 #include "digits.h"
 #include "program.h"
 
 namespace td = torch_divergence;
 namespace nn = torch::nn;
-namespace F = torch::nn::functional;
 
 constexpr double kTemperature = 4.0;
 constexpr double kAlpha = 0.9;
 constexpr int64_t kLabelled = 100;
-constexpr int64_t kBatch = 64;
-
-// Braces, since they evaluate left to right: each layer draws its random start in the order of the Python program.
-nn::Sequential make_teacher() {
-  return nn::Sequential{nn::Conv2d(nn::Conv2dOptions(1, 16, 3).padding(1)),
-                        nn::ReLU(),
-                        nn::Conv2d(nn::Conv2dOptions(16, 32, 3).padding(1)),
-                        nn::ReLU(),
-                        nn::MaxPool2d(2),
-                        nn::Flatten(),
-                        nn::Dropout(0.25),
-                        nn::Linear(32 * 4 * 4, 10)};
-}
 
 nn::Sequential make_student() {
   return nn::Sequential{nn::Flatten(), nn::Linear(64, 16), nn::ReLU(), nn::Linear(16, 10)};
-}
-
-// In per cent.
-double test_accuracy(nn::Sequential model, const Digits& data) {
-  torch::NoGradGuard no_grad;
-  model->eval();
-  auto correct = model->forward(data.test_images).argmax(1) == data.test_labels;
-  model->train();
-  return 100 * correct.to(torch::kFloat).mean().item<double>();
-}
-
-// The images moved by at most one pixel in each direction, all by the same.
-torch::Tensor shift(const torch::Tensor& images) {
-  auto offset = torch::randint(3, {2}, torch::kLong);
-  auto padded = F::pad(images, F::PadFuncOptions({1, 1, 1, 1}));
-  return padded.narrow(2, offset[0].item<int64_t>(), 8).narrow(3, offset[1].item<int64_t>(), 8);
-}
-
-nn::Sequential train_teacher(const Digits& data, int epochs) {
-  torch::manual_seed(0);
-  auto teacher = make_teacher();
-  torch::optim::Adam optimizer(teacher->parameters(), torch::optim::AdamOptions(5e-3));
-  for (int epoch = 1; epoch <= epochs; ++epoch) {
-    for (const auto& batch : torch::randperm(data.train_images.size(0), torch::kLong).split(kBatch)) {
-      auto logits = teacher->forward(shift(data.train_images.index({batch})));
-      auto loss = td::cross_entropy(logits, data.train_labels.index({batch}));
-      optimizer.zero_grad();
-      loss.backward();
-      optimizer.step();
-    }
-    if (epoch % 5 == 0) std::printf("  epoch %2d  test accuracy %.1f %%\n", epoch, test_accuracy(teacher, data));
-  }
-  teacher->eval();
-  return teacher;
 }
 
 // Test accuracy at the end. The seed chooses the labelled images and the start, with a teacher or without.
@@ -97,12 +50,10 @@ double train_student(const Digits& data, const std::optional<torch::Tensor>& tea
             td::kl_div(student->forward(data.train_images.index({batch})), teacher_logits->index({batch}), options);
         loss = kAlpha * kTemperature * kTemperature * kl + (1 - kAlpha) * loss;
       }
-      optimizer.zero_grad();
-      loss.backward();
-      optimizer.step();
+      descend(optimizer, loss);
     }
   }
-  return test_accuracy(student, data);
+  return accuracy(student, data.test_images, data.test_labels);
 }
 
 int run(bool quick) {
@@ -112,10 +63,8 @@ int run(bool quick) {
 
   auto data = load_digits();
   std::printf("teacher: all %d labels\n", static_cast<int>(data.train_images.size(0)));
-  auto teacher = train_teacher(data, teacher_epochs);
-  // test_accuracy() leaves the model in training mode, with dropout on.
-  const double teacher_accuracy = test_accuracy(teacher, data);
-  teacher->eval();
+  auto teacher = train_classifier(data, teacher_epochs);
+  const double teacher_accuracy = accuracy(teacher, data.test_images, data.test_labels);
   torch::Tensor teacher_logits;
   {
     torch::NoGradGuard no_grad;

@@ -161,12 +161,6 @@ std::vector<Tensor> shuffled(at::Generator& generator) {
   return torch::randperm(kEnvironments * kSteps, generator, torch::kLong).split(kRows);
 }
 
-void descend(torch::optim::Adam& optimizer, const Tensor& loss) {
-  optimizer.zero_grad();
-  loss.backward();
-  optimizer.step();
-}
-
 // Six epochs of the clipped surrogate. Returns KL(old || new).
 double ppo_update(nn::Sequential policy, torch::optim::Adam& optimizer, const Batch& batch, at::Generator& generator) {
   const Old old(policy, batch);

@@ -1,5 +1,7 @@
-// What the examples share: their command line.
+// What the examples share: their command line, and a step of an optimizer.
 #pragma once
+
+#include <torch/torch.h>
 
 #include <cstdio>
 #include <exception>
@@ -19,4 +21,10 @@ inline int run_program(int argc, char** argv, int (*run)(bool quick)) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
+}
+
+inline void descend(torch::optim::Optimizer& optimizer, const torch::Tensor& loss) {
+  optimizer.zero_grad();
+  loss.backward();
+  optimizer.step();
 }
