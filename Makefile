@@ -40,8 +40,8 @@ demo: build
 	build/examples/distillation
 	$(call say,KL$(,) JS and Wasserstein compared)
 	python -m torch_divergence --picture build/comparison.png
-	@echo; echo "more (docs/examples.md), in Python and in C++: policy_optimization, comparison;"; \
-	echo "in Python: vae, gan, wgan, domain_alignment, gradient_flow, colour_transfer"
+	@echo; echo "more (docs/examples.md), in Python and in C++: policy_optimization, vae, gan, wgan;"; \
+	echo "in Python: domain_alignment, gradient_flow, colour_transfer"
 
 test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test docs
 	$(call say,all tests passed)

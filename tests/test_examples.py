@@ -1,6 +1,7 @@
 """The examples and the benchmarks in a quick form: the claims they check hold, and the two languages agree."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,13 +46,18 @@ def test_python_distillation(python_distillation):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_cpp_distillation(python_distillation):
-    """Built as a user would, with find_package and what the Python package ships."""
+@pytest.fixture(scope="module")
+def cpp_examples() -> Path:
+    """Where they are, built as a user would, with find_package and what the Python package ships."""
     build = ROOT / "build" / "examples-with-package"
     options = ("-DCMAKE_BUILD_TYPE=Release", f"-DPython3_EXECUTABLE={sys.executable}")
     run("cmake", "-S", ROOT / "examples/cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={td.cmake_prefix_path}", *options)
-    run("cmake", "--build", build)
-    accuracy = figures(run(build / "distillation", "--quick"))
+    run("cmake", "--build", build, "--parallel", os.cpu_count())
+    return build
+
+
+def test_cpp_distillation(cpp_examples, python_distillation):
+    accuracy = figures(run(cpp_examples / "distillation", "--quick"))
     assert accuracy["teacher"] >= 97
     expected = figures(python_distillation[0])
     assert accuracy == pytest.approx(expected, abs=1.0), (accuracy, expected)
@@ -70,11 +76,28 @@ def numbers(pattern: str, output: str) -> list[float]:
     return [float(number) for number in re.search(f"^{line}$", output, re.M).groups()]
 
 
-def test_python_vae(tmp_path):
+def check_vae(output: str) -> None:
     pattern = "vae: negative ELBO of the test images # nats, KL #, without a latent #"
-    loss, kl, baseline = numbers(pattern, example("vae", tmp_path / "vae.png"))
+    loss, kl, baseline = numbers(pattern, output)
     assert loss <= baseline - 1.5
     assert kl > 1  # the latent is used
+
+
+def test_python_vae(tmp_path):
+    check_vae(example("vae", tmp_path / "vae.png"))
+
+
+def test_cpp_vae(cpp_examples):
+    check_vae(run(cpp_examples / "vae", "--quick"))
+
+
+def check_samples(title: str, output: str) -> None:
+    pattern = f"{title}: # of 10 digits, JS of the classes #, distance # (training images #, independent pixels #)"
+    found, js, distance, near, far = numbers(pattern, output)
+    assert found == 10
+    assert 0 < js < 0.05
+    assert 0 < near < far
+    assert distance < (near + far) / 2
 
 
 @pytest.mark.parametrize(
@@ -87,12 +110,20 @@ def test_python_vae(tmp_path):
     ),
 )
 def test_python_generators(name, options, title, tmp_path):
-    pattern = f"{title}: # of 10 digits, JS of the classes #, distance # (training images #, independent pixels #)"
-    found, js, distance, near, far = numbers(pattern, example(name, tmp_path / "samples.png", *options))
-    assert found == 10
-    assert 0 < js < 0.05
-    assert 0 < near < far
-    assert distance < (near + far) / 2
+    check_samples(title, example(name, tmp_path / "samples.png", *options))
+
+
+@pytest.mark.parametrize(
+    "name, titles",
+    (
+        ("gan", ("gan",)),
+        ("wgan", tuple(f"wgan by {loss}" for loss in ("gradient-penalty", "weight-clipping", "sinkhorn"))),
+    ),
+)
+def test_cpp_generators(cpp_examples, name, titles):
+    output = run(cpp_examples / name, "--quick")
+    for title in titles:
+        check_samples(title, output)
 
 
 def test_python_domain_alignment(tmp_path):
@@ -105,9 +136,31 @@ def test_python_domain_alignment(tmp_path):
 @pytest.mark.parametrize("algorithm", ("trpo", "ppo"))
 def test_python_policy_optimization(algorithm):
     output = run(sys.executable, ROOT / "examples/python/policy_optimization.py", "--algorithm", algorithm)
-    score, kl = map(float, re.search(r"mean return (\S+) over 100 episodes, largest KL (\S+)", output).groups())
+    check_policy(algorithm, output)
+
+
+def check_policy(algorithm: str, output: str) -> None:
+    score, kl = numbers(f"{algorithm}: mean return # over 100 episodes, largest KL #", output)
     assert score >= 475 and kl > 0
     assert algorithm == "ppo" or kl <= 0.01
+
+
+def test_cpp_policy_optimization(cpp_examples):
+    output = run(cpp_examples / "policy_optimization", "--quick")
+    for algorithm in ("trpo", "ppo"):
+        check_policy(algorithm, output)
+
+
+def test_cpp_comparison(cpp_examples):
+    """The rows hold, and are those that Python computes."""
+    assert table(run(cpp_examples / "comparison")) == table(run(sys.executable, "-m", "torch_divergence"))
+
+
+def table(output: str) -> list[str]:
+    """The lines of the table that say whether a claim holds."""
+    lines = re.findall(r"^.* holds$", output, re.M)
+    assert len(lines) == 7
+    return lines
 
 
 def test_benchmark():
