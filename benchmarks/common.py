@@ -1,5 +1,6 @@
 """What the benchmarks share: contenders that take turns, goals, and what is said of the machine (README.md: rules)."""
 
+import argparse
 import datetime
 import os
 import platform
@@ -224,6 +225,18 @@ def heading(title: str, program: str, capability: str, others: float, *packages:
     if others > 0.1:
         lines += [f"**Not an idle machine ({others:.2f} cores busy): run it again before quoting a figure.**", ""]
     return lines
+
+
+def arguments(description: str, name: str) -> tuple[bool, Path, Path]:
+    """Of the command line: whether it is the quick form, the file of the results and that of the picture."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny inputs: check the values, print the tables")
+    parser.add_argument("--output", type=Path, default=None, help="folder of results and picture, in place of this one")
+    options = parser.parse_args()
+    if options.quick and not options.output:
+        parser.error("--quick needs --output: its figures mean nothing")
+    results, picture = f"RESULTS_{name.upper()}.md", f"{name}_speed.png"
+    return options.quick, (options.output or HERE) / results, (options.output or IMAGES) / picture
 
 
 def write(lines: Sequence[str], results: Path, picture: Path, clock: Clock) -> None:

@@ -4,7 +4,6 @@ python benchmarks/divergences.py           prints the tables, writes RESULTS_DIV
 python benchmarks/divergences.py --quick   tiny shapes in seconds: checks every contender's value and gradient
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from common import (
     COMPILED,
     COPY,
     EAGER,
-    HERE,
-    IMAGES,
     IN_PLACE,
     LIMIT_COPIES,
     OURS,
@@ -31,6 +28,7 @@ from common import (
     Figures,
     Goals,
     Step,
+    arguments,
     heading,
     machine,
     measure_in_turns,
@@ -296,23 +294,15 @@ def report(shapes: tuple[Shape, ...], rounds: int, results: Path, picture: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of forward and backward of losses between distributions.")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: check the values, print the tables")
-    parser.add_argument("--output", type=Path, default=None, help="folder of results and picture, in place of this one")
-    options = parser.parse_args()
+    quick, results, picture = arguments("Time of forward and backward of losses between distributions.", "divergences")
     torch.set_num_threads(THREADS)
     # In this process: helpers that compile would be counted as other programs.
     torch._inductor.config.compile_threads = 1
-    results, picture = HERE / "RESULTS_DIVERGENCES.md", IMAGES / "divergences_speed.png"
-    if options.output:
-        results, picture = options.output / results.name, options.output / picture.name
-    elif options.quick:
-        parser.error("--quick needs --output: its figures mean nothing")
-    if options.quick:
+    if quick:
         for name, loss in LOSSES.items():
             worst = max(check(loss, shape) for shape in QUICK_SHAPES)
             print(f"{name}: largest relative error {worst:.1e}", flush=True)
-    report(QUICK_SHAPES if options.quick else SHAPES, 1 if options.quick else 5, results, picture)
+    report(QUICK_SHAPES if quick else SHAPES, 1 if quick else 5, results, picture)
 
 
 if __name__ == "__main__":

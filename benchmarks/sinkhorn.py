@@ -4,7 +4,6 @@ python benchmarks/sinkhorn.py           prints the tables, writes RESULTS_SINKHO
 python benchmarks/sinkhorn.py --quick   tiny clouds in seconds: checks every contender's values
 """
 
-import argparse
 import importlib
 import math
 import sys
@@ -17,13 +16,12 @@ from typing import NamedTuple
 import torch
 import torch_divergence as td
 from common import (
-    HERE,
-    IMAGES,
     OURS,
     THREADS,
     Clock,
     Contender,
     Figures,
+    arguments,
     heading,
     machine,
     measure_in_turns,
@@ -498,21 +496,13 @@ def report(sizes: Sizes, results: Path, picture: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of entropic optimal transport between point clouds.")
-    parser.add_argument("--quick", action="store_true", help="tiny clouds: check the values, print the tables")
-    parser.add_argument("--output", type=Path, default=None, help="folder of results and picture, in place of this one")
-    options = parser.parse_args()
+    quick, results, picture = arguments("Time of entropic optimal transport between point clouds.", "sinkhorn")
     torch.set_num_threads(THREADS)
     warnings.filterwarnings("ignore", message=".*max_iter")  # tol=0 runs to max_iter on purpose
-    results, picture = HERE / "RESULTS_SINKHORN.md", IMAGES / "sinkhorn_speed.png"
-    if options.output:
-        results, picture = options.output / results.name, options.output / picture.name
-    elif options.quick:
-        parser.error("--quick needs --output: its figures mean nothing")
-    if options.quick:
+    if quick:
         check()
         torch.set_num_threads(THREADS)
-    report(QUICK if options.quick else FULL, results, picture)
+    report(QUICK if quick else FULL, results, picture)
 
 
 if __name__ == "__main__":

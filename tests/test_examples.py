@@ -100,30 +100,27 @@ def check_samples(title: str, output: str) -> None:
     assert distance < (near + far) / 2
 
 
-@pytest.mark.parametrize(
-    "name, options, title",
-    (
-        ("gan", (), "gan"),
-        ("wgan", (), "wgan by gradient-penalty"),
-        ("wgan", ("--loss", "weight-clipping"), "wgan by weight-clipping"),
-        ("wgan", ("--loss", "sinkhorn"), "wgan by sinkhorn"),
-    ),
-)
-def test_python_generators(name, options, title, tmp_path):
-    check_samples(title, example(name, tmp_path / "samples.png", *options))
+WGAN_LOSSES = ("gradient-penalty", "weight-clipping", "sinkhorn")  # the first is the default
 
 
-@pytest.mark.parametrize(
-    "name, titles",
-    (
-        ("gan", ("gan",)),
-        ("wgan", tuple(f"wgan by {loss}" for loss in ("gradient-penalty", "weight-clipping", "sinkhorn"))),
-    ),
-)
-def test_cpp_generators(cpp_examples, name, titles):
-    output = run(cpp_examples / name, "--quick")
-    for title in titles:
-        check_samples(title, output)
+def test_python_gan(tmp_path):
+    check_samples("gan", example("gan", tmp_path / "samples.png"))
+
+
+@pytest.mark.parametrize("loss", WGAN_LOSSES)
+def test_python_wgan(loss, tmp_path):
+    options = () if loss == WGAN_LOSSES[0] else ("--loss", loss)
+    check_samples(f"wgan by {loss}", example("wgan", tmp_path / "samples.png", *options))
+
+
+def test_cpp_gan(cpp_examples):
+    check_samples("gan", run(cpp_examples / "gan", "--quick"))
+
+
+def test_cpp_wgan(cpp_examples):
+    output = run(cpp_examples / "wgan", "--quick")
+    for loss in WGAN_LOSSES:
+        check_samples(f"wgan by {loss}", output)
 
 
 def test_python_domain_alignment(tmp_path):

@@ -42,6 +42,7 @@ int run(bool quick) {
   const auto adam = torch::optim::AdamOptions(1e-3).betas({0.5, 0.99});
   torch::optim::Adam generator_optimizer(generator->parameters(), adam);
   torch::optim::Adam discriminator_optimizer(discriminator->parameters(), adam);
+  Verdict verdict{};
   for (int step = 1; step <= steps; ++step) {
     const auto real = draw(data.train_images, kBatch);
     const auto fake = generator->forward(torch::randn({kBatch, kLatent}));
@@ -50,11 +51,12 @@ int run(bool quick) {
     descend(generator_optimizer, td::gan_generator_loss(discriminator->forward(fake)));
     if (step % (steps / 10) == 0) {
       const auto samples = generate(generator, kSamples);
+      verdict = judge(samples);
       std::printf("  step %d  JS estimate %.3f  %d digits\n", step,
-                  js_estimate(discriminator, data.test_images, samples), static_cast<int>(judge(samples).found));
+                  js_estimate(discriminator, data.test_images, samples), static_cast<int>(verdict.found));
     }
   }
-  return judge.report("gan", judge(generate(generator, kSamples))) ? 0 : 1;
+  return judge.report("gan", verdict) ? 0 : 1;
 }
 
 int main(int argc, char** argv) { return run_program(argc, argv, run); }

@@ -2,15 +2,12 @@
 // ../python/wgan.py, without the picture. All three ways in turn:
 //
 // - gradient-penalty: a critic's td::wgan_critic_loss estimates W_1 between data and samples, the generator lowers it
-// by
-//   td::wgan_generator_loss, and td::gradient_penalty keeps the critic 1-Lipschitz (Gulrajani et al., "Improved
+//   by td::wgan_generator_loss, and td::gradient_penalty keeps the critic 1-Lipschitz (Gulrajani et al., "Improved
 //   Training of Wasserstein GANs", 2017).
 // - weight-clipping bounds the critic's weights instead, as Arjovsky, Chintala and Bottou, "Wasserstein GAN" (2017):
-// its
-//   estimate is then of W_1 up to a factor.
+//   its estimate is then of W_1 up to a factor.
 // - sinkhorn has no critic: the generator descends td::sinkhorn_divergence between a batch of data and a batch of
-// samples
-//   (Genevay, Peyre and Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018).
+//   samples (Genevay, Peyre and Cuturi, "Learning Generative Models with Sinkhorn Divergences", 2018).
 //
 // The samples of each are judged as those of gan.cpp.
 //
@@ -128,15 +125,17 @@ bool train(const std::string& name, const Digits& data, Judge& judge, int steps)
   } else {
     method = std::make_unique<Critic>(generator, name == "weight-clipping");
   }
+  Verdict verdict{};
   for (int step = 1; step <= steps; ++step) {
     method->step(data.train_images);
     if (step % (steps / 10) == 0) {
       const auto samples = generate(generator, kSamples);
+      verdict = judge(samples);
       std::printf("  step %d  distance by the loss %.3f  %d digits\n", step,
-                  method->distance(data.test_images, samples), static_cast<int>(judge(samples).found));
+                  method->distance(data.test_images, samples), static_cast<int>(verdict.found));
     }
   }
-  return judge.report("wgan by " + name, judge(generate(generator, kSamples)));
+  return judge.report("wgan by " + name, verdict);
 }
 
 int run(bool quick) {
