@@ -12,6 +12,8 @@
 //   Q        (q M' - p')/T              -p'            -p'/q
 //   P        (1 - s) p (n - N)/T        (1 - s) p n    (1 - s) n
 //
+// It is also H(P) + KL(P || Q), both non-negative, and Q's gradient is that of KL: entropy.h and kl_div.h.
+//
 // n - N of P's gradient comes from differences of x around its entry at P's largest class, where P's entry is -sum of
 // the others. q - p between two sides in logits is p expm1(-l) for |l| < 1/2, with l = u + log1p(E_p[expm1(-u)]) and u
 // = (t - x - c)/T from the error-free difference, c that at P's largest class.

@@ -1,14 +1,16 @@
 // CPU kernels of cross-entropy. Compiled once per instruction set (CPU_CAPABILITY); formulas in cross_entropy.h.
 //
 // Class labels over logits: SIMD in float (double for double inputs), half types widened in registers, memory read
-// once. With label smoothing, where q - p' may be small beside both, in double. Everything else: SIMD in double for all
-// types.
+// once. With label smoothing, where q - p' may be small beside both, in double. Two sides in logits of float and the
+// half types without smoothing: SIMD in float, but for P's gradient. Everything else: SIMD in double for all types.
 #include "cross_entropy/cross_entropy.h"
 
 #include <algorithm>
 #include <limits>
 
 #include "core/row_scores.h"
+#include "entropy/entropy_rows.h"
+#include "kl_div/kl_div_rows.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
@@ -155,6 +157,93 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
   });
 }
 
+// -- Both sides in logits, in float: H(P, Q) = H(P) + KL(P || Q) ------------------------------------------------------
+
+// Which family serves these rows?
+TD_INLINE bool by_logits(const CrossEntropyRows& rows) {
+  return rows.from_logits() && rows.smoothing == 0 && rows.p.dtype != DType::Double;
+}
+
+// What these rows leave, in the place of a CrossEntropyStat: the divergence's statistics, and the loss where that has
+// it.
+static_assert(KlDivStat::kSize <= CrossEntropyStat::kLoss);
+TD_INLINE void store_sum(double* stat, const KlDivStat& kl, double loss) {
+  std::fill_n(stat, CrossEntropyStat::kSize, 0.0);
+  kl.store(stat);
+  stat[CrossEntropyStat::kLoss] = loss;
+}
+
+template <class T>
+TD_INLINE double entropy_of(const CrossEntropyRows& rows, const T* p, ForEach columns) {
+  return entropy_of_logits<false>(p, rows.classes, rows.temperature, columns).entropy;
+}
+
+template <class TP, class TQ>
+void forward_logits(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
+  const Scratch<float> scratch(k.rows.classes, false);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    KlDivStat stat{};
+    double loss = 0;
+    if (weight != 0) {
+      const auto* p = static_cast<const TP*>(x[0]);
+      KlDivCentred centred;
+      stat = logits_row<float, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns,
+                                  scratch.kept(nullptr), static_cast<float*>(nullptr), centred);
+      loss = entropy_of(k.rows, p, columns) + stat.kl;
+    }
+    store_sum(k.stat + CrossEntropyStat::kSize * i, stat, loss);
+    store_loss(k, i, weight != 0 ? weight * loss : 0);
+  });
+}
+
+// Of Q alone.
+template <class TP, class TQ>
+void backward_logits(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_q};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    if (k.coefficient[i] == 0) return fill_zero(static_cast<TQ*>(y[0]), k.rows.classes);
+    gradient_row<float>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), static_cast<TP*>(nullptr),
+                        static_cast<TQ*>(y[0]), k.rows.classes, k.rows.temperature, k.coefficient[i], columns,
+                        KlDivStat::load(k.stat + CrossEntropyStat::kSize * i));
+  });
+}
+
+// Of Q, which is in float.
+template <class TP>
+void value_and_grad_logits(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const int64_t n = k.rows.classes;
+  const bool apart = k.grad.data == k.rows.q.data;
+  const Scratch<float> scratch(n, apart);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* const grad = static_cast<float*>(y[0]);
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    KlDivStat stat{};
+    double loss = 0;
+    if (coefficient == 0) {
+      fill_zero(grad, n);
+    } else {
+      const auto* p = static_cast<const TP*>(x[0]);
+      float* const aside = apart ? scratch.exps.get() + n : grad;
+      value_and_grad_row<float, true>(p, static_cast<const float*>(x[1]), grad, aside, n, k.rows.temperature,
+                                      coefficient, columns, scratch.kept(aside), stat);
+      loss = entropy_of(k.rows, p, columns) + stat.kl;
+    }
+    store_sum(k.stat + CrossEntropyStat::kSize * i, stat, loss);
+  });
+}
+
+// Statistics in double, for what needs them; kept of a row unless that left those of the float family.
+CrossEntropyStat double_stat(const CrossEntropyRows& rows, const void* p, const void* q, const double* kept,
+                             ForEach columns) {
+  return by_logits(rows) ? distribution_row(rows, p, q, columns) : CrossEntropyStat::load(kept);
+}
+
 // With dots for derivatives along (v_p, v_q): (log p). = (v - <p,v>)/T | v | v/p for logits | log_probs | probs, and
 // n. = -(log q)., p. = p (log p). (v for probs), p'. = (1 - s) p., M'. = sum p'.:
 //   P's gradient.   (1 - s) times: [p. (n - N) + p (n. - N.)]/T | p. n + p n. | n.
@@ -162,7 +251,7 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
 void distribution_double_backward(const CrossEntropyDoubleBackward& k, int64_t row_index, const void* const* in,
                                   void* const* out, ForEach columns) {
   const CrossEntropyRows& rows = k.rows;
-  const auto stat = CrossEntropyStat::load(k.stat + CrossEntropyStat::kSize * row_index);
+  const auto stat = double_stat(rows, in[0], in[1], k.stat + CrossEntropyStat::kSize * row_index, columns);
   const Distributions row(rows, in[0], in[1], stat);
   const double coefficient = k.coefficient[row_index], mass = mixed_mass(rows, stat);
   const bool p_logits = rows.p_space == kLogits, q_logits = rows.q_space == kLogits;
@@ -529,6 +618,10 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
+  if (by_logits(k.rows))
+    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+      if constexpr (std::is_same_v<A, float>) forward_logits<TP, TQ>(k, begin, end, columns);
+    });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {{}};
   RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
@@ -541,15 +634,25 @@ void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t 
 }
 
 void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
+  if (by_logits(k.rows) && k.grad_p.data == nullptr)
+    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+      if constexpr (std::is_same_v<A, float>) backward_logits<TP, TQ>(k, begin, end, columns);
+    });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad_p, k.grad_q};
   RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    distribution_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1],
-                          CrossEntropyStat::load(k.stat + CrossEntropyStat::kSize * i), k.coefficient[i], columns);
+    CrossEntropyStat stat{};  // of no use where the coefficient is 0: such a row is not read
+    if (k.coefficient[i] != 0) stat = double_stat(k.rows, x[0], x[1], k.stat + CrossEntropyStat::kSize * i, columns);
+    distribution_gradient(k.rows, x[0], x[1], k.grad_p, y[0], k.grad_q, y[1], stat, k.coefficient[i], columns);
   });
 }
 
 void cross_entropy_value_and_grad(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  if (by_logits(k.rows) && k.wrt_q)
+    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+      if constexpr (std::is_same_v<A, float> && std::is_same_v<TQ, float>)
+        value_and_grad_logits<TP>(k, begin, end, columns);
+    });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};
   const RowsOut unwanted{};

@@ -1,11 +1,44 @@
-// CPU kernels of entropy, SIMD in double for all types. Compiled once per instruction set (CPU_CAPABILITY); formulas in
-// entropy.h.
-#include "entropy/entropy.h"
-
+// CPU kernels of entropy. Compiled once per instruction set (CPU_CAPABILITY); formulas in entropy.h.
+//
+// Logits of float and the half types: SIMD in float, entropy_rows.h. Everything else, and the double backward: SIMD in
+// double for all types.
 #include "core/row_scores.h"
+#include "entropy/entropy_rows.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
+
+// Which family serves these rows?
+TD_INLINE bool by_float(const SingleRow& rows) { return rows.space == kLogits && rows.x.dtype != DType::Double; }
+
+// f.template operator()<T>() for a type of the float family.
+template <class Call>
+TD_INLINE void dispatch_float_types(DType type, const Call& f) {
+  switch (type) {
+    case DType::Half:
+      return f.template operator()<c10::Half>();
+    case DType::BFloat16:
+      return f.template operator()<c10::BFloat16>();
+    default:
+      return f.template operator()<float>();
+  }
+}
+
+template <class T>
+void entropy_gradient(const SingleRow& rows, const T* x, T* grad, const EntropyStat& stat, double coefficient,
+                      ForEach columns) {
+  const double inv_t = inverse_temperature<float>(rows.temperature);
+  const Below n_of(stat.top, inv_t);
+  const Split<float> mean(stat.mean);
+  const F zero(0.f), factor(static_cast<float>(coefficient * inv_t * std::exp(-stat.log_z)));
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<float>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          const F n = n_of(load_lanes<float>(x + first + j, count, -kInf<float>));
+          store_lanes<float>(grad + first + j, exp_of(zero - n) * factor * ((n - mean.hi) - mean.lo), count);
+        });
+  });
+}
 
 Scores scores(const SingleRow& rows, const EntropyStat& stat) {
   return {rows.x.dtype, rows.space, rows.temperature, {stat.top, stat.log_z}};
@@ -46,7 +79,9 @@ TD_INLINE D gradient(const Scores& side, const EntropyStat& stat, D given, D p, 
 void double_backward_row(const EntropyDoubleBackward& k, int64_t row, const void* const* in, void* out,
                          ForEach columns) {
   const SingleRow& rows = k.rows;
-  const EntropyStat stat = EntropyStat::load(k.stat + EntropyStat::kSize * row);
+  // In double, where the statistics are to float's accuracy.
+  const EntropyStat stat =
+      by_float(rows) ? entropy_row(rows, in[0], columns) : EntropyStat::load(k.stat + EntropyStat::kSize * row);
   const Scores side = scores(rows, stat);
   const D zero(0.0), one(1.0);
   const double inv_t = 1 / rows.temperature;
@@ -93,29 +128,47 @@ void double_backward_row(const EntropyDoubleBackward& k, int64_t row, const void
 void entropy_forward(const EntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
   const RowsIn in[] = {k.rows.x};
   const RowsOut out[] = {{}};
-  RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
-    const double weight = k.weight ? k.weight[i] : 1;
-    EntropyStat stat{};
-    if (weight != 0) stat = entropy_row(k.rows, x[0], columns);
-    stat.store(k.stat + EntropyStat::kSize * i);
-    store_loss(k, i, weight != 0 ? weight * stat.entropy : 0);
+  const auto each = [&](const auto& row) {
+    RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+      const double weight = k.weight ? k.weight[i] : 1;
+      EntropyStat stat{};
+      if (weight != 0) stat = row(x[0]);
+      stat.store(k.stat + EntropyStat::kSize * i);
+      store_loss(k, i, weight != 0 ? weight * stat.entropy : 0);
+    });
+  };
+  if (!by_float(k.rows)) return each([&](const void* x) { return entropy_row(k.rows, x, columns); });
+  dispatch_float_types(k.rows.x.dtype, [&]<class T>() {
+    each([&](const void* x) {
+      return entropy_of_logits<true>(static_cast<const T*>(x), k.rows.classes, k.rows.temperature, columns);
+    });
   });
 }
 
 void entropy_backward(const EntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
   const RowsIn in[] = {k.rows.x};
   const RowsOut out[] = {k.grad};
-  RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    if (k.coefficient[i] == 0) return fill_zero_any(y[0], k.grad.dtype, k.rows.classes);
-    const EntropyStat stat = EntropyStat::load(k.stat + EntropyStat::kSize * i);
+  const auto each = [&](const auto& row) {
+    RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+      if (k.coefficient[i] == 0) return fill_zero_any(y[0], k.grad.dtype, k.rows.classes);
+      row(x[0], y[0], EntropyStat::load(k.stat + EntropyStat::kSize * i), k.coefficient[i]);
+    });
+  };
+  if (by_float(k.rows))
+    return dispatch_float_types(k.rows.x.dtype, [&]<class T>() {
+      each([&](const void* x, void* grad, const EntropyStat& stat, double coefficient) {
+        entropy_gradient(k.rows, static_cast<const T*>(x), static_cast<T*>(grad), stat, coefficient, columns);
+      });
+    });
+  each([&](const void* x, void* grad, const EntropyStat& stat, double coefficient) {
     const Scores side = scores(k.rows, stat);
-    const D c(k.coefficient[i]);
+    const D c(coefficient);
     for_segments(k.rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
       for_lanes<double>(
           last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
             D given, p, n;
-            side.read(x[0], first + j, count, given, p, n);
-            store_any(y[0], k.grad.dtype, first + j, c * gradient(side, stat, given, p, n), count);
+            side.read(x, first + j, count, given, p, n);
+            store_any(grad, k.grad.dtype, first + j, c * gradient(side, stat, given, p, n), count);
           });
     });
   });
