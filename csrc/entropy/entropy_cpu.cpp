@@ -30,12 +30,12 @@ void entropy_gradient(const SingleRow& rows, const T* x, T* grad, const EntropyS
   const double inv_t = inverse_temperature<float>(rows.temperature);
   const Below n_of(stat.top, inv_t);
   const Split<float> mean(stat.mean);
-  const F zero(0.f), factor(static_cast<float>(coefficient * inv_t * std::exp(-stat.log_z)));
+  const F factor(static_cast<float>(coefficient * inv_t * std::exp(-stat.log_z)));
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for_lanes<float>(
         last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-          const F n = n_of(load_lanes<float>(x + first + j, count, -kInf<float>));
-          store_lanes<float>(grad + first + j, exp_of(zero - n) * factor * ((n - mean.hi) - mean.lo), count);
+          const auto term = n_of(load_lanes<float>(x + first + j, count, -kInf<float>));
+          store_lanes<float>(grad + first + j, term.e * factor * (((term.n - mean.hi) - mean.lo) + term.rest), count);
         });
   });
 }
