@@ -1,8 +1,8 @@
 #include "sinkhorn/sinkhorn_solver.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <deque>
 #include <numeric>
 #include <utility>
 
@@ -68,28 +68,6 @@ Vector annealing(const Problem& p, int64_t max_iter) {
   return ladder;
 }
 
-// Solves A x = b for a small symmetric positive definite A, by elimination.
-Vector solve_small(std::vector<Vector> A, Vector b) {
-  const size_t n = b.size();
-  for (size_t k = 0; k < n; ++k) {
-    size_t pivot = k;
-    for (size_t i = k + 1; i < n; ++i)
-      if (std::abs(A[i][k]) > std::abs(A[pivot][k])) pivot = i;
-    std::swap(A[k], A[pivot]);
-    std::swap(b[k], b[pivot]);
-    for (size_t i = k + 1; i < n; ++i) {
-      const double factor = A[i][k] / A[k][k];
-      for (size_t j = k; j < n; ++j) A[i][j] -= factor * A[k][j];
-      b[i] -= factor * b[k];
-    }
-  }
-  for (size_t k = n; k-- > 0;) {
-    for (size_t j = k + 1; j < n; ++j) b[k] -= A[k][j] * b[j];
-    b[k] /= A[k][k];
-  }
-  return b;
-}
-
 // Anderson acceleration of g <- G(g): the combination of the last sweeps whose residual r = G(g) - g is least in the
 // norm sum_j b_j r_j^2 (Anderson, "Iterative Procedures for Nonlinear Integral Equations", 1965). With dR and dG the
 // last differences of r and G:
@@ -101,7 +79,7 @@ Vector solve_small(std::vector<Vector> A, Vector b) {
 // plain steps are taken before the next combination.
 class Anderson {
  public:
-  explicit Anderson(const Vector& b) : b_(b) {}
+  explicit Anderson(const Vector& b) : b_(b), last_r_(b.size()), last_g_(b.size()), d_r_(b.size()), d_g_(b.size()) {}
 
   // dual: its value at g, whose error in arithmetic is below `noise`; unit: eps times the mass. Was the last step one
   // to take back? Combinations that lower the dual by less than a unit still converge faster than plain steps.
@@ -110,79 +88,113 @@ class Anderson {
     if (!worse) best_dual_ = std::max(best_dual_, dual);
     return worse;
   }
-  Vector take_back() {
-    mixed_ = false;
-    d_r_.clear();
-    d_g_.clear();
-    last_r_.clear();
+  void take_back(Vector& g) {
+    mixed_ = started_ = false;
+    count_ = 0;
     pause_ = wait_;
     wait_ = std::min<int64_t>(2 * wait_, 64);
-    return last_g_;
+    g = last_g_;
   }
 
-  Vector step(const Vector& g, const Vector& r, double error) {
+  // g becomes the next one.
+  void step(Vector& g, const Vector& r, double error) {
     mixed_ = false;
-    const size_t m = g.size();
-    Vector G(m);
-    for (size_t j = 0; j < m; ++j) G[j] = g[j] + r[j];
-    if (!last_r_.empty()) {
-      if (d_r_.size() == kMemory) {
-        d_r_.pop_front();
-        d_g_.pop_front();
-      }
-      Vector d_r(m), d_g(m);
-      for (size_t j = 0; j < m; ++j) d_r[j] = r[j] - last_r_[j], d_g[j] = G[j] - last_g_[j];
-      d_r_.push_back(std::move(d_r));
-      d_g_.push_back(std::move(d_g));
-    }
+    for (size_t j = 0; j < g.size(); ++j) g[j] += r[j];
+    if (started_) remember(g, r);
+    started_ = true;
     last_r_ = r;
-    last_g_ = G;
+    last_g_ = g;
     best_ = std::min(best_, error);
     if (pause_ > 0) {
       --pause_;
-      return G;
+      return;
     }
-    if (d_r_.empty() || !(error <= 2 * best_)) return G;
+    if (count_ == 0 || !(error <= 2 * best_)) return;
 
-    const size_t n = d_r_.size();
-    std::vector<Vector> gram(n, Vector(n));
-    Vector right(n);
-    double trace = 0;
-    for (size_t k = 0; k < n; ++k) {
-      for (size_t l = 0; l < n; ++l) gram[k][l] = weighted(d_r_[k], d_r_[l]);
-      right[k] = weighted(d_r_[k], r);
-      trace += gram[k][k];
-    }
-    const double ridge = 1e-10 * trace;
-    if (!(ridge > 0 && ridge < kInf)) return G;  // nothing moved, or overflow
-    for (size_t k = 0; k < n; ++k) gram[k][k] += ridge;
-    const Vector gamma = solve_small(std::move(gram), std::move(right));
-    Vector mixed = G;
-    for (size_t j = 0; j < m; ++j) {
+    Coefficients gamma{};
+    if (!combination(r, gamma)) return;
+    for (size_t j = 0; j < g.size(); ++j) {
       if (!(b_[j] > 0)) continue;
-      for (size_t k = 0; k < n; ++k) mixed[j] -= gamma[k] * d_g_[k][j];
-      if (!std::isfinite(mixed[j])) return G;
+      for (size_t k = 0; k < count_; ++k) g[j] -= gamma[k] * d_g_[j][slot(k)];
+      if (!std::isfinite(g[j])) {
+        g = last_g_;
+        return;
+      }
     }
     mixed_ = true;
-    return mixed;
   }
 
  private:
   static constexpr size_t kMemory = 5;
+  using Coefficients = std::array<double, kMemory>;
 
-  double weighted(const Vector& u, const Vector& v) const {
-    double sum = 0;
-    for (size_t j = 0; j < u.size(); ++j)
-      if (b_[j] > 0) sum += b_[j] * u[j] * v[j];
-    return sum;
+  // Where the k-th oldest difference is kept.
+  size_t slot(size_t k) const { return (newest_ + 1 + kMemory - count_ + k) % kMemory; }
+
+  // Replaces the oldest difference; only its row and column of the Gram matrix change. The columns are summed by
+  // themselves: (b u) v and (b v) u differ in their last bit.
+  void remember(const Vector& G, const Vector& r) {
+    newest_ = (newest_ + 1) % kMemory;
+    count_ = std::min(count_ + 1, kMemory);
+    Coefficients row{}, column{};
+    for (size_t j = 0; j < r.size(); ++j) {
+      const double d_r = r[j] - last_r_[j];
+      d_r_[j][newest_] = d_r;
+      d_g_[j][newest_] = G[j] - last_g_[j];
+      if (!(b_[j] > 0)) continue;
+      for (size_t k = 0; k < kMemory; ++k) {
+        row[k] += b_[j] * d_r * d_r_[j][k];
+        column[k] += b_[j] * d_r_[j][k] * d_r;
+      }
+    }
+    for (size_t k = 0; k < kMemory; ++k) gram_[newest_][k] = row[k], gram_[k][newest_] = column[k];
+  }
+
+  // gamma of the newest residual, oldest difference first; false where nothing moved, or at an overflow. By
+  // elimination.
+  bool combination(const Vector& r, Coefficients& gamma) const {
+    Coefficients right{};
+    for (size_t j = 0; j < r.size(); ++j)
+      if (b_[j] > 0)
+        for (size_t k = 0; k < kMemory; ++k) right[k] += b_[j] * d_r_[j][k] * r[j];
+    const size_t n = count_;
+    std::array<Coefficients, kMemory> A{};
+    double trace = 0;
+    for (size_t k = 0; k < n; ++k) {
+      for (size_t l = 0; l < n; ++l) A[k][l] = gram_[slot(k)][slot(l)];
+      gamma[k] = right[slot(k)];
+      trace += A[k][k];
+    }
+    const double ridge = 1e-10 * trace;
+    if (!(ridge > 0 && ridge < kInf)) return false;
+    for (size_t k = 0; k < n; ++k) A[k][k] += ridge;
+    for (size_t k = 0; k < n; ++k) {
+      size_t pivot = k;
+      for (size_t i = k + 1; i < n; ++i)
+        if (std::abs(A[i][k]) > std::abs(A[pivot][k])) pivot = i;
+      std::swap(A[k], A[pivot]);
+      std::swap(gamma[k], gamma[pivot]);
+      for (size_t i = k + 1; i < n; ++i) {
+        const double factor = A[i][k] / A[k][k];
+        for (size_t j = k; j < n; ++j) A[i][j] -= factor * A[k][j];
+        gamma[i] -= factor * gamma[k];
+      }
+    }
+    for (size_t k = n; k-- > 0;) {
+      for (size_t j = k + 1; j < n; ++j) gamma[k] -= A[k][j] * gamma[j];
+      gamma[k] /= A[k][k];
+    }
+    return true;
   }
 
   const Vector& b_;
   double best_ = kInf, best_dual_ = -kInf;
-  bool mixed_ = false;
+  bool mixed_ = false, started_ = false;
   int64_t pause_ = 0, wait_ = 2;  // plain steps to come, and after the next step that is taken back
   Vector last_r_, last_g_;
-  std::deque<Vector> d_r_, d_g_;
+  size_t count_ = 0, newest_ = 0;
+  std::vector<Coefficients> d_r_, d_g_;  // by atom; slots not yet used hold 0
+  std::array<Coefficients, kMemory> gram_{};
 };
 
 // The dual, without a pass: W b is known at potentials that come out of an update, r_i = a_i e^{u_i}.
@@ -224,7 +236,7 @@ Solution solve_pair(const Problem& p, double tol, int64_t max_iter, const Vector
       const double mass = std::max(sum_of(p.a), sum_of(p.b)),
                    noise = 8 * p.rounding * (largest(p.a, s.f) + largest(p.b, s.g)) * mass;
       if (anderson.lowered(dual_of_update(p, s.f, s.g, shift), noise, eps * mass)) {
-        s.g = anderson.take_back();
+        anderson.take_back(s.g);
         continue;
       }
     }
@@ -244,7 +256,7 @@ Solution solve_pair(const Problem& p, double tol, int64_t max_iter, const Vector
       const double mean = dot(p.b, residual) / sum_of(p.b);
       for (double& v : residual) v -= mean;
     }
-    s.g = anderson.step(s.g, residual, s.marginal_error);
+    anderson.step(s.g, residual, s.marginal_error);
   }
   for (size_t j = 0; j < m; ++j)
     if (!(p.b[j] > 0)) s.g[j] = G[j];  // the soft c-transform, which gives the one-sided derivative
