@@ -249,6 +249,26 @@ def test_is_entropy_plus_divergence(space, target_space, dtype):
     torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-14, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", (1.0, 1.7))
+@pytest.mark.parametrize("kind", ("apart", "near", "offset", "one apart"))
+@pytest.mark.parametrize("classes", (3, 100, 5000, 70001))
+def test_two_rows_of_logits(classes, kind, temperature, dtype):
+    """Values and both gradients: float32 and the half types have kernels of their own."""
+    generator = torch.Generator().manual_seed(classes)
+    target = torch.randn(2, classes, generator=generator)
+    x = torch.randn(2, classes, generator=generator)
+    if kind == "near":
+        x = target + 0.05 * x
+    elif kind == "offset":
+        x, target = x - 300, target + 100
+    elif kind == "one apart":  # all entries alike but one: the means must not be rounded to the size of what is alike
+        x, target = torch.full_like(x, 3.0), torch.full_like(x, -2.0)
+        x[:, 0], target[:, -1] = 3.25, 0.5
+    x, target = x.to(dtype).requires_grad_(), target.to(dtype).requires_grad_()
+    check(CROSS_ENTROPY, x, target, target_space="logits", temperature=temperature, reduction="none")
+
+
 @single_and_double
 @pytest.mark.parametrize("gap", (5.0, 30.0, 60.0))
 def test_both_sides_peaked(gap, dtype):
