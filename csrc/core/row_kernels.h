@@ -89,12 +89,20 @@ struct ExpFrom {
         factor(static_cast<A>(std::exp((static_cast<double>(near) - c) * inv_t_))),
         inv_t(static_cast<A>(inv_t_)) {}
 };
-// t - s - c, rounded once relative to itself: Knuth's error-free difference keeps what t - s rounds off.
+// t - s = rounded + error, exactly (Knuth).
+template <class A>
+struct Difference {
+  Vec<A> rounded, error;
+  TD_INLINE Difference(Vec<A> t, Vec<A> s) : rounded(t - s) {
+    const Vec<A> back = t - rounded;
+    error = (t - (rounded + back)) + (back - s);
+  }
+};
+// t - s - c, rounded once relative to itself: the error-free difference keeps what t - s rounds off.
 template <class A>
 TD_INLINE Vec<A> difference_minus(Vec<A> t, Vec<A> s, const Split<A>& c) {
-  const Vec<A> d = t - s, back = t - d;
-  const Vec<A> error = (t - (d + back)) + (back - s);
-  return (d - c.hi) + (error - c.lo);
+  const Difference<A> d(t, s);
+  return (d.rounded - c.hi) + (d.error - c.lo);
 }
 
 template <class A, class T>
@@ -125,29 +133,30 @@ TD_INLINE void fill_zero(T* x, int64_t n) {
   std::memset(static_cast<void*>(x), 0, static_cast<size_t>(n) * sizeof(T));
 }
 
+// f.template operator()<T>() for a type whose arithmetic is float's.
+template <class F>
+TD_INLINE void dispatch_float_types(DType type, const F& f) {
+  switch (type) {
+    case DType::Half:
+      return f.template operator()<c10::Half>();
+    case DType::BFloat16:
+      return f.template operator()<c10::BFloat16>();
+    default:
+      return f.template operator()<float>();
+  }
+}
+// f.template operator()<TP, TQ>() for such types of both sides.
+template <class F>
+TD_INLINE void dispatch_float_types(const RowPair& rows, const F& f) {
+  dispatch_float_types(rows.p.dtype, [&]<class TP>() {
+    dispatch_float_types(rows.q.dtype, [&]<class TQ>() { f.template operator()<TP, TQ>(); });
+  });
+}
 // f.template operator()<A, TP, TQ>() for the types of both sides.
 template <class F>
 TD_INLINE void dispatch_types(const RowPair& rows, const F& f) {
-  const auto with_q = [&]<class TP>() {
-    switch (rows.q.dtype) {
-      case DType::Half:
-        return f.template operator()<float, TP, c10::Half>();
-      case DType::BFloat16:
-        return f.template operator()<float, TP, c10::BFloat16>();
-      default:
-        return f.template operator()<float, TP, float>();
-    }
-  };
-  switch (rows.p.dtype) {
-    case DType::Double:
-      return f.template operator()<double, double, double>();
-    case DType::Half:
-      return with_q.template operator()<c10::Half>();
-    case DType::BFloat16:
-      return with_q.template operator()<c10::BFloat16>();
-    default:
-      return with_q.template operator()<float>();
-  }
+  if (rows.p.dtype == DType::Double) return f.template operator()<double, double, double>();
+  dispatch_float_types(rows, [&]<class TP, class TQ>() { f.template operator()<float, TP, TQ>(); });
 }
 
 // -- Any type, in double

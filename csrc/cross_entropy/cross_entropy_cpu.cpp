@@ -164,84 +164,24 @@ TD_INLINE bool by_logits(const CrossEntropyRows& rows) {
   return rows.from_logits() && rows.smoothing == 0 && rows.p.dtype != DType::Double;
 }
 
-// What these rows leave, in the place of a CrossEntropyStat: the divergence's statistics, and the loss where that has
-// it.
+// What such a row leaves, in the place of a CrossEntropyStat: the divergence's statistics first, and the loss where
+// that has it.
 static_assert(KlDivStat::kSize <= CrossEntropyStat::kLoss);
-TD_INLINE void store_sum(double* stat, const KlDivStat& kl, double loss) {
-  std::fill_n(stat, CrossEntropyStat::kSize, 0.0);
-  kl.store(stat);
-  stat[CrossEntropyStat::kLoss] = loss;
+TD_INLINE auto leave_in(double* stats, const CrossEntropyRows& rows, ForEach columns) {
+  return [stats, &rows, columns](int64_t row, const auto* p, const KlDivStat& kl) {
+    double* const stat = stats + CrossEntropyStat::kSize * row;
+    std::fill_n(stat, CrossEntropyStat::kSize, 0.0);
+    kl.store(stat);
+    if (p == nullptr) return 0.0;
+    return stat[CrossEntropyStat::kLoss] =
+               entropy_of_logits<false>(p, rows.classes, rows.temperature, columns).entropy + kl.kl;
+  };
 }
 
-template <class T>
-TD_INLINE double entropy_of(const CrossEntropyRows& rows, const T* p, ForEach columns) {
-  return entropy_of_logits<false>(p, rows.classes, rows.temperature, columns).entropy;
-}
-
-template <class TP, class TQ>
-void forward_logits(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Scratch<float> scratch(k.rows.classes, false);
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {{}};
-  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
-    const double weight = k.weight ? k.weight[i] : 1;
-    KlDivStat stat{};
-    double loss = 0;
-    if (weight != 0) {
-      const auto* p = static_cast<const TP*>(x[0]);
-      KlDivCentred centred;
-      stat = logits_row<float, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns,
-                                  scratch.kept(nullptr), static_cast<float*>(nullptr), centred);
-      loss = entropy_of(k.rows, p, columns) + stat.kl;
-    }
-    store_sum(k.stat + CrossEntropyStat::kSize * i, stat, loss);
-    store_loss(k, i, weight != 0 ? weight * loss : 0);
-  });
-}
-
-// Of Q alone.
-template <class TP, class TQ>
-void backward_logits(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {k.grad_q};
-  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    if (k.coefficient[i] == 0) return fill_zero(static_cast<TQ*>(y[0]), k.rows.classes);
-    gradient_row<float>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), static_cast<TP*>(nullptr),
-                        static_cast<TQ*>(y[0]), k.rows.classes, k.rows.temperature, k.coefficient[i], columns,
-                        KlDivStat::load(k.stat + CrossEntropyStat::kSize * i));
-  });
-}
-
-// Of Q, which is in float.
-template <class TP>
-void value_and_grad_logits(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  const int64_t n = k.rows.classes;
-  const bool apart = k.grad.data == k.rows.q.data;
-  const Scratch<float> scratch(n, apart);
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {k.grad};
-  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* const grad = static_cast<float*>(y[0]);
-    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
-    KlDivStat stat{};
-    double loss = 0;
-    if (coefficient == 0) {
-      fill_zero(grad, n);
-    } else {
-      const auto* p = static_cast<const TP*>(x[0]);
-      float* const aside = apart ? scratch.exps.get() + n : grad;
-      value_and_grad_row<float, true>(p, static_cast<const float*>(x[1]), grad, aside, n, k.rows.temperature,
-                                      coefficient, columns, scratch.kept(aside), stat);
-      loss = entropy_of(k.rows, p, columns) + stat.kl;
-    }
-    store_sum(k.stat + CrossEntropyStat::kSize * i, stat, loss);
-  });
-}
-
-// Statistics in double, for what needs them; kept of a row unless that left those of the float family.
-CrossEntropyStat double_stat(const CrossEntropyRows& rows, const void* p, const void* q, const double* kept,
+// A row's statistics in double: those that it left, unless it left the float family's.
+CrossEntropyStat double_stat(const CrossEntropyRows& rows, const void* p, const void* q, const double* left,
                              ForEach columns) {
-  return by_logits(rows) ? distribution_row(rows, p, q, columns) : CrossEntropyStat::load(kept);
+  return by_logits(rows) ? distribution_row(rows, p, q, columns) : CrossEntropyStat::load(left);
 }
 
 // With dots for derivatives along (v_p, v_q): (log p). = (v - <p,v>)/T | v | v/p for logits | log_probs | probs, and
@@ -494,16 +434,8 @@ TD_INLINE void dispatch_label_types(const LabelRows& rows, const F& f) {
     using Own = std::conditional_t<std::is_same_v<T, double>, double, float>;
     return rows.smoothing != 0 ? f.template operator()<double, true, T>() : f.template operator()<Own, false, T>();
   };
-  switch (rows.x.dtype) {
-    case DType::Double:
-      return with.template operator()<double>();
-    case DType::Half:
-      return with.template operator()<c10::Half>();
-    case DType::BFloat16:
-      return with.template operator()<c10::BFloat16>();
-    default:
-      return with.template operator()<float>();
-  }
+  if (rows.x.dtype == DType::Double) return with.template operator()<double>();
+  dispatch_float_types(rows.x.dtype, with);
 }
 
 // -- The target is a class label, over log-probabilities or probabilities ---------------------------------------------
@@ -619,8 +551,8 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
 
 void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
   if (by_logits(k.rows))
-    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
-      if constexpr (std::is_same_v<A, float>) forward_logits<TP, TQ>(k, begin, end, columns);
+    return dispatch_float_types(k.rows, [&]<class TP, class TQ>() {
+      forward_logits<float, TP, TQ>(k, begin, end, columns, leave_in(k.stat, k.rows, columns));
     });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {{}};
@@ -635,8 +567,8 @@ void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t 
 
 void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
   if (by_logits(k.rows) && k.grad_p.data == nullptr)
-    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
-      if constexpr (std::is_same_v<A, float>) backward_logits<TP, TQ>(k, begin, end, columns);
+    return dispatch_float_types(k.rows, [&]<class TP, class TQ>() {
+      backward_logits<float, TP, TQ>(k, begin, end, columns, CrossEntropyStat::kSize);
     });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad_p, k.grad_q};
@@ -649,9 +581,8 @@ void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_
 
 void cross_entropy_value_and_grad(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (by_logits(k.rows) && k.wrt_q)
-    return dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
-      if constexpr (std::is_same_v<A, float> && std::is_same_v<TQ, float>)
-        value_and_grad_logits<TP>(k, begin, end, columns);
+    return dispatch_float_types(k.rows.p.dtype, [&]<class TP>() {  // Q is in float: kStoresHalf
+      value_and_grad_logits<float, true, TP, float>(k, begin, end, columns, leave_in(k.stat, k.rows, columns));
     });
   const RowsIn in[] = {k.rows.p, k.rows.q};
   const RowsOut out[] = {k.grad};

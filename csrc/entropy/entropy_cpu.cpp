@@ -11,19 +11,6 @@ namespace {
 // Which family serves these rows?
 TD_INLINE bool by_float(const SingleRow& rows) { return rows.space == kLogits && rows.x.dtype != DType::Double; }
 
-// f.template operator()<T>() for a type of the float family.
-template <class Call>
-TD_INLINE void dispatch_float_types(DType type, const Call& f) {
-  switch (type) {
-    case DType::Half:
-      return f.template operator()<c10::Half>();
-    case DType::BFloat16:
-      return f.template operator()<c10::BFloat16>();
-    default:
-      return f.template operator()<float>();
-  }
-}
-
 template <class T>
 void entropy_gradient(const SingleRow& rows, const T* x, T* grad, const EntropyStat& stat, double coefficient,
                       ForEach columns) {

@@ -25,12 +25,11 @@ struct Below {
   struct Term {
     F n, rest, e;
   };
-  TD_INLINE Term operator()(F x_) const {
-    const F x = max_of(lowest, x_);                                                // NaN passes
-    const F d = top - x, back = top - d, error = (top - (d + back)) + (back - x);  // d + error = top - x
+  TD_INLINE Term operator()(F x) const {
+    const Difference<float> d(top, max_of(lowest, x));  // NaN passes
     Term term;
-    term.n = d * inv_t;
-    term.rest = fmadd(error, inv_t, at::vec::fmsub(d, inv_t, term.n));
+    term.n = d.rounded * inv_t;
+    term.rest = fmadd(d.error, inv_t, at::vec::fmsub(d.rounded, inv_t, term.n));
     const F e = exp_of(F(0.f) - term.n);
     term.e = e - e * term.rest;
     return term;

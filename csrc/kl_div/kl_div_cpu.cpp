@@ -7,66 +7,12 @@
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
 
-// -- Both sides in logits -------------------------------------------------------------------------------------------
-
-template <class A, class TP, class TQ>
-void forward_logits(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
-  const Scratch<A> scratch(k.rows.classes, false);
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {{}};
-  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
-    const double weight = k.weight ? k.weight[i] : 1;
-    KlDivStat stat{};
-    double loss = 0;
-    if (weight != 0) {
-      KlDivCentred centred;
-      stat = logits_row<A, 0>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), k.rows.classes,
-                              k.rows.temperature, columns, scratch.kept(nullptr), static_cast<A*>(nullptr), centred);
-      loss = weight * stat.kl;
-    }
-    stat.store(k.stat + KlDivStat::kSize * i);
-    store_loss(k, i, loss);
-  });
-}
-
-template <class A, class TP, class TQ>
-void backward_logits(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {k.grad_p, k.grad_q};
-  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* gp = static_cast<TP*>(y[0]);
-    auto* gq = static_cast<TQ*>(y[1]);
-    if (k.coefficient[i] == 0) {
-      if (gp) fill_zero(gp, k.rows.classes);
-      if (gq) fill_zero(gq, k.rows.classes);
-      return;
-    }
-    gradient_row<A>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), gp, gq, k.rows.classes,
-                    k.rows.temperature, k.coefficient[i], columns, KlDivStat::load(k.stat + KlDivStat::kSize * i));
-  });
-}
-
-template <class A, bool kQ, class TP, class TQ>
-void value_and_grad_logits(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  using G = std::conditional_t<kQ, TQ, TP>;
-  const int64_t n = k.rows.classes;
-  const bool apart = !std::is_same_v<G, A> || k.grad.data == (kQ ? k.rows.q : k.rows.p).data;
-  const Scratch<A> scratch(n, apart);
-  const RowsIn in[] = {k.rows.p, k.rows.q};
-  const RowsOut out[] = {k.grad};
-  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
-    auto* const grad = static_cast<G*>(y[0]);
-    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
-    KlDivStat stat{};
-    if (coefficient == 0) {
-      fill_zero(grad, n);
-    } else {
-      A* const aside = apart ? scratch.exps.get() + n : static_cast<A*>(y[0]);
-      value_and_grad_row<A, kQ>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), grad, aside, n,
-                                k.rows.temperature, coefficient, columns, scratch.kept(kQ ? aside : nullptr), stat);
-    }
-    stat.store(k.stat + KlDivStat::kSize * i);
-  });
+// What a row of logits leaves.
+TD_INLINE auto leave_in(double* stats) {
+  return [stats](int64_t row, const void*, const KlDivStat& stat) {
+    stat.store(stats + KlDivStat::kSize * row);
+    return stat.kl;
+  };
 }
 
 // -- Any space, in double -------------------------------------------------------------------------------------------
@@ -279,19 +225,26 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
 
 void kl_div_forward(const KlDivForward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!k.rows.from_logits()) return forward_any(k, begin, end, columns);
-  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { forward_logits<A, TP, TQ>(k, begin, end, columns); });
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+    forward_logits<A, TP, TQ>(k, begin, end, columns, leave_in(k.stat));
+  });
 }
 
 void kl_div_backward(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
   if (!k.rows.from_logits()) return backward_any(k, begin, end, columns);
-  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { backward_logits<A, TP, TQ>(k, begin, end, columns); });
+  dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
+    backward_logits<A, TP, TQ>(k, begin, end, columns, KlDivStat::kSize);
+  });
 }
 
 void kl_div_value_and_grad(const KlDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
   if (!k.rows.from_logits()) return value_and_grad_any(k, begin, end, columns);
   dispatch_types(k.rows, [&]<class A, class TP, class TQ>() {
-    (k.wrt_q ? value_and_grad_logits<A, true, TP, TQ> : value_and_grad_logits<A, false, TP, TQ>)(k, begin, end,
-                                                                                                 columns);
+    if (k.wrt_q) {
+      value_and_grad_logits<A, true, TP, TQ>(k, begin, end, columns, leave_in(k.stat));
+    } else {
+      value_and_grad_logits<A, false, TP, TQ>(k, begin, end, columns, leave_in(k.stat));
+    }
   });
 }
 

@@ -397,5 +397,74 @@ void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>
     grad[peak.at] = static_cast<std::conditional_t<kQ, TQ, TP>>(static_cast<A>(-(kQ ? peak.others_q : peak.others_p)));
 }
 
+// -- All rows, for KL divergence and what is made of it: Rows is RowPair or derived from it
+
+// leave(row, p, stat) stores what a row leaves for its backward and returns its loss; p is null where the row is not
+// read.
+template <class A, class TP, class TQ, class Rows, class Leave>
+void forward_logits(const RowPairForward<Rows>& k, int64_t begin, int64_t end, ForEach columns, const Leave& leave) {
+  const Scratch<A> scratch(k.rows.classes, false);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {{}};
+  RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
+    const double weight = k.weight ? k.weight[i] : 1;
+    const TP* p = nullptr;
+    KlDivStat stat{};
+    if (weight != 0) {
+      p = static_cast<const TP*>(x[0]);
+      KlDivCentred centred;
+      stat = logits_row<A, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns,
+                              scratch.kept(nullptr), static_cast<A*>(nullptr), centred);
+    }
+    const double loss = leave(i, p, stat);
+    store_loss(k, i, weight != 0 ? weight * loss : 0);
+  });
+}
+
+// A row's KlDivStat is the first of the stat_size numbers that it left.
+template <class A, class TP, class TQ, class Rows>
+void backward_logits(const RowPairBackward<Rows>& k, int64_t begin, int64_t end, ForEach columns, int stat_size) {
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad_p, k.grad_q};
+  RowTiles<2, 2>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* gp = static_cast<TP*>(y[0]);
+    auto* gq = static_cast<TQ*>(y[1]);
+    if (k.coefficient[i] == 0) {
+      if (gp) fill_zero(gp, k.rows.classes);
+      if (gq) fill_zero(gq, k.rows.classes);
+      return;
+    }
+    gradient_row<A>(static_cast<const TP*>(x[0]), static_cast<const TQ*>(x[1]), gp, gq, k.rows.classes,
+                    k.rows.temperature, k.coefficient[i], columns, KlDivStat::load(k.stat + stat_size * i));
+  });
+}
+
+// kQ: the gradient of Q, else that of P.
+template <class A, bool kQ, class TP, class TQ, class Rows, class Leave>
+void value_and_grad_logits(const RowPairValueAndGrad<Rows>& k, int64_t begin, int64_t end, ForEach columns,
+                           const Leave& leave) {
+  using G = std::conditional_t<kQ, TQ, TP>;
+  const int64_t n = k.rows.classes;
+  const bool apart = !std::is_same_v<G, A> || k.grad.data == (kQ ? k.rows.q : k.rows.p).data;
+  const Scratch<A> scratch(n, apart);
+  const RowsIn in[] = {k.rows.p, k.rows.q};
+  const RowsOut out[] = {k.grad};
+  RowTiles<2, 1>(in, out, n).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    auto* const grad = static_cast<G*>(y[0]);
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    const TP* p = nullptr;
+    KlDivStat stat{};
+    if (coefficient == 0) {
+      fill_zero(grad, n);
+    } else {
+      p = static_cast<const TP*>(x[0]);
+      A* const aside = apart ? scratch.exps.get() + n : static_cast<A*>(y[0]);
+      value_and_grad_row<A, kQ>(p, static_cast<const TQ*>(x[1]), grad, aside, n, k.rows.temperature, coefficient,
+                                columns, scratch.kept(kQ ? aside : nullptr), stat);
+    }
+    leave(i, p, stat);
+  });
+}
+
 }  // namespace
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY
