@@ -86,14 +86,13 @@ struct LabelOps {
   using Rows = LabelRows;
   static constexpr int kStatSize = LabelStat::kSize, kLossStat = LabelStat::kLoss;
 
-  static Tensor constant(const Tensor& labels, const Tensor& x, const double* used) {
-    auto ready = labels.to(at::kLong).contiguous();
-    const int64_t* const y = ready.const_data_ptr<int64_t>();
+  static Tensor ready(const Tensor& labels) { return labels.to(at::kLong).contiguous(); }
+  static void check(const Tensor& labels, const Tensor& x, const double* used) {
+    const int64_t* const y = labels.const_data_ptr<int64_t>();
     const int64_t classes = x.size(-1);
-    for (int64_t i = 0; i < ready.numel(); ++i)
+    for (int64_t i = 0; i < labels.numel(); ++i)
       TORCH_CHECK_VALUE((used != nullptr && used[i] == 0) || (y[i] >= 0 && y[i] < classes), name, ": target holds ",
                         y[i], " for row ", i, ", expected a class from 0 to ", classes - 1, ", or ignore_index");
-    return ready;
   }
   static Rows rows(const Tensor& x, const Tensor& labels, int64_t space, double temperature, double smoothing) {
     return {
