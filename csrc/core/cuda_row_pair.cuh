@@ -8,15 +8,6 @@
 
 namespace torch_divergence::cuda {
 
-template <class Rows>
-__device__ void store_loss(const RowPairForward<Rows>& k, int64_t row, double loss) {
-  if (k.loss_is_double) {
-    static_cast<double*>(k.loss)[row] = loss;
-  } else {
-    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
-  }
-}
-
 // Two rows of logits.
 template <class TP, class TQ>
 struct LogitPair {

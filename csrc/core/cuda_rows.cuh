@@ -54,6 +54,13 @@ struct Team {
     }
     __syncthreads();  // the next reduction writes parts again
   }
+  __device__ void sync() const {
+    if (size == kWarp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
   template <int N>
   __device__ void sum(double (&x)[N]) const {
     reduce(x, [](double a, double b) { return a + b; });
@@ -242,6 +249,14 @@ __device__ __forceinline__ void store_piece(const RowPointer<char>& row, const P
   });
 }
 
+template <class T>
+__device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
+  Arithmetic<T> x = 0;
+  with_type<T>(row.type, [&](auto zero) {
+    x = static_cast<Arithmetic<T>>(reinterpret_cast<const decltype(zero)*>(row.data)[at * row.stride]);
+  });
+  return x;
+}
 template <class T, class A>
 __device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t at, A x) {
   with_type<T>(row.type, [&](auto zero) {
@@ -304,6 +319,15 @@ class RowTask {
   // The thread that writes what there is one of a row.
   __device__ bool writes() const { return team.rank == 0 && segment_ == 0; }
 
+  // Is the team's segment the row's first, or the row?
+  __device__ bool first_segment() const { return segment_ == 0; }
+  // Is the class in the team's segment?
+  __device__ bool holds(const Pieces& pieces, int64_t at) const {
+    if (segments_ == 1) return true;
+    const int64_t segment = (at + pieces.lead) / segment_classes_;
+    return segment_ == (segment < segments_ ? segment : segments_ - 1);
+  }
+
   // f(piece) for this thread's pieces of the row, or of the team's segment of it.
   template <class T, class F>
   __device__ __forceinline__ void for_pieces(const Pieces& pieces, const F& f) const {
@@ -348,6 +372,16 @@ inline __device__ double weight_of(const double* weight, int64_t row) {
   if (weight == nullptr) return 1;
   const double w = weight[row];
   return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The loss of a row into a call of either number of operands.
+template <class Forward>
+__device__ void store_loss(const Forward& k, int64_t row, double loss) {
+  if (k.loss_is_double) {
+    static_cast<double*>(k.loss)[row] = loss;
+  } else {
+    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
+  }
 }
 
 template <class T>
