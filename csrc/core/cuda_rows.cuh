@@ -192,7 +192,7 @@ struct Pieces {
   template <class... Pointers>
   __device__ explicit Pieces(int64_t classes_, Pointers&... operands) : classes(classes_) {
     int size = 16;  // of the narrowest type, which has most entries in 16 bytes
-    const auto look = [&](const auto& x) {
+    [[maybe_unused]] const auto look = [&](const auto& x) {
       if (x.data != nullptr && x.stride == 1 && bytes_of(x.type) < size) size = bytes_of(x.type), lead = x.lead();
     };
     (look(operands), ...);
