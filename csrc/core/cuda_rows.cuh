@@ -9,7 +9,9 @@
 #include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "core/cuda_math.cuh"
@@ -21,6 +23,10 @@ inline constexpr int kWarp = 32;
 inline constexpr int kThreads = 256;  // of a block
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks that a multiprocessor's registers must have room for. Without a number ptxas spills double's to make it two.
+template <class T>
+inline constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
 
 struct Team {
   int size;  // kWarp or kThreads
@@ -334,5 +340,41 @@ class RowTask {
   int launch_, segments_, segment_ = 0;
   int64_t segment_classes_, rows_ = 0;
 };
+
+// -- What rows have in common ---------------------------------------------------------------------------------------
+
+// A row's weight; NaN where it is none.
+inline __device__ double weight_of(const double* weight, int64_t row) {
+  if (weight == nullptr) return 1;
+  const double w = weight[row];
+  return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
+}
+
+template <class T>
+__device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
+  if (row.data == nullptr) return;
+  const Arithmetic<T> zeros[kPiece<T>] = {};
+  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) { store_piece(row, pieces, piece, zeros); });
+}
+
+// What a team adds up.
+template <int N>
+struct Sums {
+  double x[N] = {};
+
+  __device__ static Sums load(const double* from) {
+    Sums sums;
+    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
+    return sums;
+  }
+  __device__ void store(double* to) const {
+    for (int n = 0; n < N; ++n) to[n] = x[n];
+  }
+};
+template <int N>
+__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
+  team.sum(sums.x);
+  return sums;
+}
 
 }  // namespace torch_divergence::cuda

@@ -5,77 +5,20 @@
 // Its arithmetic on classes is in float (double for double), with compensated sums; only what a team's threads leave is
 // merged in double. Everything else, and the double backward: the plain formulas in double, which nothing less makes as
 // accurate where P and Q are near each other or P has its mass on one class.
-#include <c10/util/Exception.h>
-
 #include <limits>
 
 #include "core/cuda_launch.cuh"
-#include "core/cuda_rows.cuh"
+#include "core/cuda_row_pair.cuh"
 #include "kl_div/kl_div.h"
 
 namespace torch_divergence::cuda {
 namespace {
 
-template <class T>
-using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// 1/T as the arithmetic has it, wherever T scales: see the CPU kernels.
-template <class A>
-__device__ double inverse_temperature(double t) {
-  return static_cast<double>(static_cast<A>(1 / t));
-}
-
-// Blocks that a multiprocessor's registers must have room for. Without a number ptxas spills double's to make it two.
-template <class T>
-inline constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
-
-template <class A>
-__device__ A phi_small(A u) {
-  return u * u * phi_over_square<A>(u, [](A a, A b, A c) { return std::fma(a, b, c); });
-}
-
-// A row's weight; NaN where it is none.
-__device__ double weight_of(const double* weight, int64_t row) {
-  if (weight == nullptr) return 1;
-  const double w = weight[row];
-  return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
-}
+constexpr int kReductions = 2;
 
 __device__ void store_row(const KlDivForward& k, int64_t row, double weight, const KlDivStat& stat) {
   stat.store(k.stat + KlDivStat::kSize * row);
-  const double loss = weight != 0 ? weight * stat.kl : 0;
-  if (k.loss_is_double) {
-    static_cast<double*>(k.loss)[row] = loss;
-  } else {
-    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
-  }
-}
-
-template <class T>
-__device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
-  if (row.data == nullptr) return;
-  const Arithmetic<T> zeros[kPiece<T>] = {};
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) { store_piece(row, pieces, piece, zeros); });
-}
-
-// What a team adds up.
-template <int N>
-struct Sums {
-  double x[N] = {};
-
-  __device__ static Sums load(const double* from) {
-    Sums sums;
-    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
-    return sums;
-  }
-  __device__ void store(double* to) const {
-    for (int n = 0; n < N; ++n) to[n] = x[n];
-  }
-};
-template <int N>
-__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
-  team.sum(sums.x);
-  return sums;
+  store_loss(k, row, weight != 0 ? weight * stat.kl : 0);
 }
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
@@ -191,18 +134,13 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
   return whole;
 }
 
-// Two rows of logits.
 template <class TP, class TQ>
-struct LogitRows {
-  static_assert(kPiece<TP> == kPiece<TQ> && kRun<TP> == kRun<TQ>);
-  using A = Arithmetic<TP>;
-  static constexpr int K = kPiece<TP>;
-  RowPointer<const char> p, q;
-
-  __device__ void load(const Pieces& pieces, const Piece<TP>& piece, A (&t)[K], A (&s)[K]) const {
-    load_piece(p, pieces, piece, -kInf<A>, t);
-    load_piece(q, pieces, Piece<TQ>{piece.first, piece.gap}, -kInf<A>, s);
-  }
+struct LogitRows : LogitPair<TP, TQ> {
+  using Pair = LogitPair<TP, TQ>;
+  using Pair::K;
+  using Pair::load;
+  using Pair::Pair;
+  using typename Pair::A;
 
   // From the row's first classes, one piece a thread: the maxima, and E_p[t - s] as the centre.
   __device__ Start guess(const Team& team, const Pieces& pieces, double inv_t) const {
@@ -251,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
   const double weight = weight_of(k.weight, task.row);
   KlDivStat stat{};
   if (weight != 0) {
-    Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+    Rows rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv_t = inverse_temperature<typename Rows::A>(k.rows.temperature), t = 1 / inv_t;
     const Start start = rows.guess(task.team, pieces, inv_t);
@@ -289,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
   constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  Rows rows(k.rows, task.row);
   RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
   const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
   const double coefficient = k.coefficient[task.row];
@@ -380,63 +318,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
 
 // -- Any space ------------------------------------------------------------------------------------------------------
 
-// T logsumexp(x/T) of a row.
-struct Lse {
-  double max = -std::numeric_limits<double>::infinity(), sum = 0;
-
-  __device__ static Lse load(const double* x) { return {x[0], x[1]}; }
-  __device__ void store(double* x) const { x[0] = max, x[1] = sum; }
-  // What it rounds off goes into lo.
-  __device__ double finish(double t, double& lo) const {
-    if (!(sum > 0)) return std::numeric_limits<double>::quiet_NaN();
-    const ExactSum exact = two_sum(max, t * std::log(sum));
-    lo = exact.error;
-    return exact.sum;
-  }
-};
-__device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
-  double top[1] = {part.max};
-  team.max(top);
-  double sum[1] = {part.sum};
-  if (part.max != top[0]) sum[0] *= std::exp((part.max - top[0]) * inv_t);
-  team.sum(sum);
-  return {top[0], sum[0]};
-}
-
-// One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
-struct Side {
-  int space;
-  double inv_t, lse, log_lo, factor, padding;
-
-  __device__ Side(int space_, double inv_t_, double lse_, double lse_lo)
-      : space(space_),
-        inv_t(inv_t_),
-        lse(lse_),
-        log_lo(lse_lo * inv_t_),
-        factor(std::exp(-log_lo)),
-        padding(space_ == kProbs ? 0 : -kInf<double>) {}
-  __device__ void read(double v, double& prob, double& log_prob) const {
-    if (space == kProbs) {
-      prob = v, log_prob = std::log(v);
-    } else if (space == kLogits) {
-      const double above = (v - lse) * inv_t;
-      log_prob = above - log_lo, prob = std::exp(above) * factor;
-    } else {
-      log_prob = v, prob = std::exp(v);
-    }
-  }
-};
-
-// log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
-__device__ double log_ratio(bool both_probs, double p, double q, double log_p, double log_q) {
-  if (!both_probs) return log_p - log_q;
-  if (p < 0 || q < 0) return std::numeric_limits<double>::quiet_NaN();
-  const double relative = (p - q) / q, ratio = p / q;
-  if (std::fabs(relative) < 0.5) return std::log1p(relative);
-  constexpr double kBig = 1e30;
-  return ratio > 1 / kBig && ratio < kBig ? std::log(ratio) : log_p - log_q;
-}
-
 // Gradient of KL with respect to each side's entries, before the row's coefficient. l_kl = l - KL.
 __device__ double gradient_p(const Side& side, bool infinite, double p, double l, double l_kl) {
   if (p == 0 || (side.space == kLogits && infinite)) return 0;
@@ -449,35 +330,10 @@ __device__ double gradient_q(const Side& side, double mass, double p, double q) 
   return p == 0 ? 0 : -p / q;
 }
 
-// Both rows, by class: T is AnyFloat or double.
-template <class T>
-struct AnyRows {
-  static constexpr int K = kPiece<T>;
-  RowPointer<const char> p, q;
-
-  // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
-  template <class F>
-  __device__ void for_classes(const Pieces& pieces, const Piece<T>& piece, const Side& p_side, const Side& q_side,
-                              const F& f) const {
-    double t[K], s[K];
-    load_piece(p, pieces, piece, p_side.padding, t);
-    load_piece(q, pieces, piece, q_side.padding, s);
-    const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      double x, log_x, y, log_y;
-      p_side.read(t[k], x, log_x);
-      q_side.read(s[k], y, log_y);
-      f(x, y, log_x, log_y, log_ratio(both_probs, x, y, log_x, log_y), k);
-    }
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
   const double weight = weight_of(k.weight, task.row);
@@ -490,24 +346,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       RowPointer<const char> logits = rows.q;  // assigned: a reference to either would have to be in memory
       if (k.rows.p_space == kLogits) logits = rows.p;
       Lse lse;
-      const auto part = [&] {
-        const Exp<double> exp(inv);
-        double max = -kInf<double>;
-        Sum<double> sum;
-        task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-          double v[K];
-          load_piece(logits, pieces, piece, -kInf<double>, v);
-          double top = max;
-#pragma unroll
-          for (int i = 0; i < K; ++i) top = v[i] > top ? v[i] : top;
-          if (top > max) sum *= exp(max - top), max = top;
-          double part_sum = 0;
-#pragma unroll
-          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<double> ? 0 : exp(v[i] - max);
-          sum.add(part_sum);
-        });
-        return Lse{max, sum.value()};
-      };
+      const auto part = [&] { return lse_of_pieces<T>(task, pieces, logits, inv); };
       if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
       const double value = lse.finish(1 / inv, stat.mean_lo);
       (k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q) = value;
@@ -687,34 +526,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// -- Launchers ------------------------------------------------------------------------------------------------------
-
-constexpr int kReductions = 2;
-
-template <class Call>
-void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, int64_t rows, double* workspace,
-                 Stream stream, int reductions = kReductions) {
-  if (rows == 0) return;
-  const RowGrid grid(rows, call.rows.classes);
-  const int64_t blocks = grid.blocks();
-  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "torch_divergence: ", rows, " rows are more than CUDA's grid");
-  const int launches = grid.segments == 1 ? 1 : reductions + 1;
-  for (int launch = 0; launch < launches; ++launch)
-    TD_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, call, grid, workspace, launch);
-}
-
-// f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it
-// runs.
-template <class F>
-void dispatch_types(const RowPair& rows, const F& f) {
-  const DType type = rows.p.dtype;
-  if (type == DType::Double) return f.template operator()<double, double>();
-  if (type != rows.q.dtype) return f.template operator()<AnyFloat, AnyFloat>();
-  if (type == DType::Half) return f.template operator()<c10::Half, c10::Half>();
-  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16, c10::BFloat16>();
-  return f.template operator()<float, float>();
-}
-
 }  // namespace
 
 int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kReductions); }
@@ -722,22 +533,24 @@ int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, c
 void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return launch_rows(k.rows.p.dtype == DType::Double ? &forward_any<double> : &forward_any<AnyFloat>, k, rows,
-                       workspace, stream);
-  dispatch_types(k.rows,
-                 [&]<class TP, class TQ>() { launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream); });
+                       workspace, stream, kReductions);
+  dispatch_types(k.rows, [&]<class TP, class TQ>() {
+    launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
+  });
 }
 
 void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return launch_rows(k.rows.p.dtype == DType::Double ? &backward_any<double> : &backward_any<AnyFloat>, k, rows,
                        workspace, stream, 0);
-  dispatch_types(k.rows,
-                 [&]<class TP, class TQ>() { launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream); });
+  dispatch_types(k.rows, [&]<class TP, class TQ>() {
+    launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
+  });
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
   launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream);
+              workspace, stream, kReductions);
 }
 
 }  // namespace torch_divergence::cuda
