@@ -242,6 +242,14 @@ __device__ __forceinline__ void store_piece(const RowPointer<char>& row, const P
   });
 }
 
+template <class T>
+__device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
+  Arithmetic<T> x = 0;
+  with_type<T>(row.type, [&](auto zero) {
+    x = static_cast<Arithmetic<T>>(reinterpret_cast<const decltype(zero)*>(row.data)[at * row.stride]);
+  });
+  return x;
+}
 template <class T, class A>
 __device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t at, A x) {
   with_type<T>(row.type, [&](auto zero) {
@@ -348,6 +356,16 @@ inline __device__ double weight_of(const double* weight, int64_t row) {
   if (weight == nullptr) return 1;
   const double w = weight[row];
   return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The loss of a row into a call of either number of operands.
+template <class Forward>
+__device__ void store_loss(const Forward& k, int64_t row, double loss) {
+  if (k.loss_is_double) {
+    static_cast<double*>(k.loss)[row] = loss;
+  } else {
+    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
+  }
 }
 
 template <class T>
