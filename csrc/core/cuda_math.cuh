@@ -113,12 +113,20 @@ struct Split {
   __device__ explicit Split(double x, double rest = 0)
       : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
 };
-// a - b - c, rounded once relative to itself: Knuth's error-free difference keeps what a - b rounds off.
+// a - b = rounded + error, exactly (Knuth).
+template <class A>
+struct Difference {
+  A rounded, error;
+  __device__ __forceinline__ Difference(A a, A b) : rounded(a - b) {
+    const A back = a - rounded;
+    error = (a - (rounded + back)) + (back - b);
+  }
+};
+// a - b - c, rounded once relative to itself.
 template <class A>
 __device__ __forceinline__ A difference_minus(A a, A b, const Split<A>& c) {
-  const A d = a - b, back = a - d;
-  const A error = (a - (d + back)) + (back - b);
-  return (d - c.hi) + (error - c.lo);
+  const Difference<A> d(a, b);
+  return (d.rounded - c.hi) + (d.error - c.lo);
 }
 
 }  // namespace torch_divergence::cuda

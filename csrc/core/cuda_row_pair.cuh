@@ -50,13 +50,17 @@ struct AnyRows {
 // f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it
 // runs.
 template <class F>
-void dispatch_types(const RowPair& rows, const F& f) {
+void dispatch_float_types(const RowPair& rows, const F& f) {
   const DType type = rows.p.dtype;
-  if (type == DType::Double) return f.template operator()<double, double>();
   if (type != rows.q.dtype) return f.template operator()<AnyFloat, AnyFloat>();
   if (type == DType::Half) return f.template operator()<c10::Half, c10::Half>();
   if (type == DType::BFloat16) return f.template operator()<c10::BFloat16, c10::BFloat16>();
   return f.template operator()<float, float>();
+}
+template <class F>
+void dispatch_types(const RowPair& rows, const F& f) {
+  if (rows.p.dtype == DType::Double) return f.template operator()<double, double>();
+  dispatch_float_types(rows, f);
 }
 
 }  // namespace torch_divergence::cuda

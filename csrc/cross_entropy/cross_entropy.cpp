@@ -39,6 +39,12 @@ struct DistributionOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(cross_entropy_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(cross_entropy_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(cross_entropy_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const CrossEntropyForward&) { return &cuda::cross_entropy_forward; }
+  static auto cuda_kernel(const CrossEntropyBackward&) { return &cuda::cross_entropy_backward; }
+  static auto cuda_kernel(const CrossEntropyDoubleBackward&) { return &cuda::cross_entropy_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) { return cuda::cross_entropy_workspace(rows, classes); }
+#endif
 
   static Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
                                             const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
@@ -102,6 +108,14 @@ struct LabelOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const LabelForward&) { return &cuda::cross_entropy_labels_forward; }
+  static auto cuda_kernel(const LabelBackward&) { return &cuda::cross_entropy_labels_backward; }
+  static auto cuda_kernel(const LabelDoubleBackward&) { return &cuda::cross_entropy_labels_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) {
+    return cuda::cross_entropy_labels_workspace(rows, classes);
+  }
+#endif
 
   static Tensors2 double_backward_composite(const Tensor& gg, const Tensor& grad, const Tensor& input,
                                             const Tensor& labels, int64_t space, double temperature, double smoothing,
@@ -243,6 +257,12 @@ TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   WithDistribution::register_cpu(m);
   WithLabels::register_cpu(m);
 }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  WithDistribution::register_cuda(m);
+  WithLabels::register_cuda(m);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   WithDistribution::register_meta(m);
   WithLabels::register_meta(m);
