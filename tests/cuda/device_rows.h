@@ -27,7 +27,7 @@ using td::DType;
 constexpr Real kInf = std::numeric_limits<Real>::infinity();
 constexpr size_t kPage = 4096;
 
-size_t bytes_of(DType type) { return type == DType::Double ? 8 : type == DType::Float ? 4 : 2; }
+inline size_t bytes_of(DType type) { return type == DType::Double ? 8 : type == DType::Float ? 4 : 2; }
 
 // Entries between pages that cannot be touched, known to the checker. They begin `offset` entries after the first
 // page, aligned as the caching allocator aligns, or end at the last one (kAtEnd). Not initialised: NaN.
@@ -128,9 +128,9 @@ class Rows {
 
 // -- References and comparisons --------------------------------------------------------------------------------------
 
-double normal(std::mt19937_64& random) { return std::normal_distribution<double>()(random); }
+inline double normal(std::mt19937_64& random) { return std::normal_distribution<double>()(random); }
 
-Real largest(const std::vector<Real>& x) {
+inline Real largest(const std::vector<Real>& x) {
   Real r = 0;
   for (const Real v : x)
     if (std::isfinite(v)) r = std::max(r, std::fabs(v));
@@ -138,7 +138,7 @@ Real largest(const std::vector<Real>& x) {
 }
 
 // log-probabilities of a row, by log1p of the sum without its largest term.
-std::vector<Real> log_probs(const std::vector<Real>& x, int space, Real t) {
+inline std::vector<Real> log_probs(const std::vector<Real>& x, int space, Real t) {
   std::vector<Real> result(x.size());
   if (space == td::kLogProbs) return x;
   if (space == td::kProbs) {
@@ -154,7 +154,7 @@ std::vector<Real> log_probs(const std::vector<Real>& x, int space, Real t) {
 }
 
 // Within tolerance * scale; and, of a half type, its own rounding.
-void expect_close(double got, Real want, Real allowed, DType type, const char* what, int64_t i, int64_t j) {
+inline void expect_close(double got, Real want, Real allowed, DType type, const char* what, int64_t i, int64_t j) {
   const Real most = type == DType::Half ? 65504 : type == DType::Double ? 0x1p1023L : 0x1p127L;
   if (std::fabs(want) > most / 2 && std::fabs(want) < most * 2) return;  // may overflow, or not
   if (std::fabs(want) > most) want = std::copysign(kInf, want);
@@ -169,8 +169,8 @@ void expect_close(double got, Real want, Real allowed, DType type, const char* w
       << what << " of row " << i << ", class " << j << " is " << got << ", expected " << static_cast<double>(want);
 }
 
-void expect_rows(const Rows& got, int64_t i, const std::vector<Real>& want, Real factor, Real allowed,
-                 const char* what) {
+inline void expect_rows(const Rows& got, int64_t i, const std::vector<Real>& want, Real factor, Real allowed,
+                        const char* what) {
   for (size_t j = 0; j < want.size(); ++j) {
     ASSERT_NO_FATAL_FAILURE(expect_close(got.get(i, static_cast<int64_t>(j)), factor * want[j], allowed, got.type(),
                                          what, i, static_cast<int64_t>(j)));

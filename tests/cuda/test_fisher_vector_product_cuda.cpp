@@ -8,16 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "device_memory.h"
+#include "device_rows.h"
 #include "fisher_vector_product/fisher_vector_product.h"
 #include "simt.h"
 
-namespace td = torch_divergence;
-
 namespace {
-
-using namespace td::testing_cuda;
-using td::DType;
 
 struct Case {
   const char* name;
@@ -55,10 +50,8 @@ void check(const Case& c, DType of_logits, DType of_v) {
   const Real accuracy = of_v == DType::Double ? 1e-13L : 2e-7L;
   for (int64_t i = 0; i < c.rows; ++i) {
     const auto want = exact(logits.row(i), v.row(i), c.temperature);
-    Real largest = 0;
-    for (const Real x : want) largest = std::max(largest, std::fabs(x));
     // The mean of v is rounded relative to v.
-    const Real allowed = accuracy * largest + 1e-15L * std::fabs(c.offset);
+    const Real allowed = accuracy * largest(want) + 1e-15L * std::fabs(c.offset);
     for (int64_t j = 0; j < c.classes; ++j)
       ASSERT_NO_FATAL_FAILURE(
           expect_close(product.get(i, j), want[static_cast<size_t>(j)], allowed, of_v, "product", i, j));
@@ -77,12 +70,7 @@ TEST_P(FisherVectorProductCuda, Values) {
     if (c.classes > 10000 && of_v != DType::Float) continue;
     SCOPED_TRACE("types " + std::to_string(static_cast<int>(of_logits)) + " and " +
                  std::to_string(static_cast<int>(of_v)));
-    for (const simt::Schedule& t : simt::schedules) {
-      if (c.rows * c.classes > 2000 && t.seed != 1) continue;
-      simt::options = {};
-      simt::options.order = t.order, simt::options.seed = t.seed, simt::options.only_buffers = true;
-      ASSERT_NO_FATAL_FAILURE(check(c, of_logits, of_v));
-    }
+    ASSERT_NO_FATAL_FAILURE(run_orders(c.rows * c.classes <= 2000, [&] { check(c, of_logits, of_v); }));
   }
 }
 

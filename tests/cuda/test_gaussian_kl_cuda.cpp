@@ -11,16 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "device_memory.h"
+#include "device_rows.h"
 #include "gaussian_kl/gaussian_kl.h"
 #include "simt.h"
 
-namespace td = torch_divergence;
-
 namespace {
 
-using namespace td::testing_cuda;
-using td::DType;
 constexpr int kOperands = td::kGaussianOperands;
 
 struct Case {
@@ -143,12 +139,11 @@ void check(const Case& c, const Problem& problem) {
     ASSERT_NO_FATAL_FAILURE(
         expect_close(loss.get(i), weight == 0 ? 0 : weight * e.kl, weight * accuracy * e.kl, real, "loss", i, -1));
     for (size_t k = 0; k < kOperands; ++k) {
-      Real largest = 0;
-      for (const Real x : e.grad[k]) largest = std::isfinite(x) ? std::max(largest, std::fabs(x)) : largest;
+      const Real size = largest(e.grad[k]);
       for (const auto* out : {&all, &alone})
         for (int64_t j = 0; (*out)[k] != nullptr && j < c.dims; ++j)
           ASSERT_NO_FATAL_FAILURE(expect_close((*out)[k]->get(i, j), g == 0 ? 0 : g * e.grad[k][static_cast<size_t>(j)],
-                                               std::fabs(g) * accuracy * largest, (*out)[k]->type(), "gradient", i, j));
+                                               std::fabs(g) * accuracy * size, (*out)[k]->type(), "gradient", i, j));
     }
   }
 }
@@ -161,12 +156,7 @@ TEST_P(GaussianKlCuda, ValuesAndGradients) {
     if (c.dims > 10000 && types.mean != DType::Float) continue;
     SCOPED_TRACE("type " + std::to_string(static_cast<int>(types.mean)));
     const Problem problem(c, types);
-    for (const simt::Schedule& t : simt::schedules) {
-      if (c.rows * c.dims > 2000 && t.seed != 1) continue;
-      simt::options = {};
-      simt::options.order = t.order, simt::options.seed = t.seed, simt::options.only_buffers = true;
-      ASSERT_NO_FATAL_FAILURE(check(c, problem));
-    }
+    ASSERT_NO_FATAL_FAILURE(run_orders(c.rows * c.dims <= 2000, [&] { check(c, problem); }));
   }
 }
 

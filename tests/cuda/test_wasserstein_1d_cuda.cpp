@@ -6,20 +6,16 @@
 #include <memory>
 #include <ostream>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "device_memory.h"
+#include "device_rows.h"
 #include "simt.h"
 #include "wasserstein_1d/wasserstein_1d.h"
 
-namespace td = torch_divergence;
-
 namespace {
-
-using namespace td::testing_cuda;
-using td::DType;
 
 enum class Weights { None, Random, WithZeros, Ties, OneHeavy };
 
@@ -173,16 +169,13 @@ class Wasserstein1dCuda : public testing::TestWithParam<Case> {};
 
 TEST_P(Wasserstein1dCuda, IsTheSweep) {
   const Case& c = GetParam();
-  for (const simt::Schedule& t : simt::schedules) {
-    if (t.seed != 1 && c.n + c.m > 100) continue;
-    simt::options = {};
-    simt::options.order = t.order, simt::options.seed = t.seed, simt::options.only_buffers = true;
+  run_orders(c.n + c.m <= 100, [&] {
     for (const double p : {1.0, 2.0, 1.5}) {
       if (c.n + c.m > 10000 && p != 2) continue;
       ASSERT_NO_FATAL_FAILURE(check<float>(c, p));
       ASSERT_NO_FATAL_FAILURE(check<double>(c, p));
     }
-  }
+  });
 }
 
 const Case kCases[] = {
@@ -204,5 +197,20 @@ const Case kCases[] = {
 };
 INSTANTIATE_TEST_SUITE_P(Cases, Wasserstein1dCuda, testing::ValuesIn(kCases),
                          [](const auto& test) { return std::string(test.param.name); });
+
+TEST(Wasserstein1dCudaAssertions, WeightsAndMasses) {
+  const Case c{.name = "bad", .a = Weights::Random, .b = Weights::Random};
+  simt::options = {};
+  const Side u(c, DType::Double, c.n, c.a, false, 1), v(c, DType::Double, c.m, c.b, false, 2);
+  std::vector<double> loss(3), sums(60);
+  u.sums->set(c.n - 1, 1.01);  // the mass of row 0
+  EXPECT_THROW(
+      td::cuda::wasserstein_1d_forward({{u.rows(), v.rows(), 1, 0, 1e-10}, loss.data()}, c.rows, nullptr, nullptr),
+      std::runtime_error);
+  for (const double bad : {-0.1, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    u.weights->set(1, 3, bad);
+    EXPECT_THROW(td::cuda::running_sums(u.weights->in(), c.n, true, sums.data(), c.rows, nullptr), std::runtime_error);
+  }
+}
 
 }  // namespace
