@@ -126,6 +126,31 @@ class Rows {
   Memory memory_;
 };
 
+// A row of a matrix of more than 2^31 floats, in memory that is reserved and touched nowhere else: the last one.
+class Huge {
+ public:
+  static constexpr int64_t kClasses = int64_t{1} << 16, kRows = (int64_t{1} << 31) / kClasses + 2;
+
+  Huge()
+      : data_(static_cast<float*>(
+            mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
+    layout_.dims = 1, layout_.sizes[0] = kRows, layout_.strides[0] = kClasses;
+  }
+  ~Huge() { munmap(data_, kBytes); }
+  Huge(const Huge&) = delete;
+  Huge& operator=(const Huge&) = delete;
+
+  float* row() const { return data_ + (kRows - 1) * kClasses; }
+  std::vector<Real> values() const { return {row(), row() + kClasses}; }
+  td::RowsIn in() const { return {data_, DType::Float, layout_}; }
+  td::RowsOut out() const { return {data_, DType::Float, layout_}; }
+
+ private:
+  static constexpr size_t kBytes = static_cast<size_t>(kRows * kClasses) * sizeof(float);
+  float* data_;
+  td::RowLayout layout_;
+};
+
 // -- References and comparisons --------------------------------------------------------------------------------------
 
 inline double normal(std::mt19937_64& random) { return std::normal_distribution<double>()(random); }

@@ -42,6 +42,11 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& x, const std::v
     e.terms += std::fabs(product(mixed, b.n[j]));
   }
   const bool infinite = std::isinf(plain), near = p_space == td::kLogits && q_space == td::kLogits && smoothing == 0;
+  // E[v] from logits by differences from v at the largest class, whose own v - E[v] would be rounded away.
+  const auto at_top = [&](const std::vector<Real>& side, const std::vector<Real>& v, int space) {
+    return space == td::kLogits ? v[static_cast<size_t>(std::max_element(side.begin(), side.end()) - side.begin())] : 0;
+  };
+  const Real from_p = at_top(t, v_p, p_space), from_q = at_top(x, v_q, q_space);
   Real mean_p = 0, mean_q = 0;
   for (size_t j = 0; j < k; ++j) {
     const Real p = a.p[j], q = b.p[j], n = b.n[j], mixed = keep * p + uniform, l = n - a.n[j];
@@ -56,7 +61,7 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& x, const std::v
                        : mixed == 0               ? 0
                                                   : -mixed / q);
     e.dot += (v_p[j] == 0 ? 0 : v_p[j] * e.grad_p[j]) + (v_q[j] == 0 ? 0 : v_q[j] * e.grad_q[j]);
-    mean_p += p_space == td::kProbs ? v_p[j] : p * v_p[j], mean_q += q * v_q[j];
+    mean_p += p_space == td::kProbs ? v_p[j] : product(p, v_p[j] - from_p), mean_q += product(q, v_q[j] - from_q);
     if (!near && q_space == td::kLogits) e.scale_q = std::max(e.scale_q, (q * mass + mixed) / t_q);
     if (p_space == td::kLogits && q_space != td::kLogits && std::isfinite(n))
       e.scale_p = std::max(e.scale_p, p * (std::fabs(n) + std::fabs(plain)) / t_p);
@@ -65,10 +70,12 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& x, const std::v
   std::vector<Real> p_dot(k), log_q_dot(k);
   Real total_dot = 0, mass_dot = 0;
   for (size_t j = 0; j < k; ++j) {
-    p_dot[j] = p_space == td::kLogits     ? a.p[j] * (v_p[j] - mean_p) / t_p
+    p_dot[j] = p_space == td::kLogits     ? a.p[j] * ((v_p[j] - from_p) - mean_p) / t_p
                : p_space == td::kLogProbs ? a.p[j] * v_p[j]
                                           : v_p[j];
-    log_q_dot[j] = q_space == td::kLogits ? (v_q[j] - mean_q) / t_q : q_space == td::kProbs ? v_q[j] / b.p[j] : v_q[j];
+    log_q_dot[j] = q_space == td::kLogits  ? ((v_q[j] - from_q) - mean_q) / t_q
+                   : q_space == td::kProbs ? v_q[j] / b.p[j]
+                                           : v_q[j];
     if (std::isinf(b.n[j])) log_q_dot[j] = 0;
     total_dot += product(p_dot[j], b.n[j]) - a.p[j] * log_q_dot[j];
     mass_dot += keep * p_dot[j];
