@@ -14,7 +14,7 @@ def randn(*shape, dtype=torch.float64):
 
 
 def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def test_reference_case():
@@ -107,7 +107,7 @@ def test_errors():
     raises(lambda: w(x, y, projections=randn(3, 2), generator=seeded()), "generator", "projections")
     raises(lambda: w(x, y[:, :1]), "y has points of dimension 1")
     raises(lambda: w(x, y, weights(5)), "a has shape [5]", "6 weights")
-    raises(lambda: w(x, y, 2 * weights(6)), "equal masses")
+    raises(lambda: w(x.cpu(), y.cpu(), 2 * weights(6).cpu()), "equal masses")
     raises(lambda: w(x.to("meta"), y.to("meta"), weights(5).to("meta")), "a has shape [5]")
 
 

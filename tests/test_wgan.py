@@ -22,6 +22,10 @@ def test_losses():
     assert criterion.critic(*x) == td.wgan_critic_loss(*x) and criterion.generator(fake) == -fake.mean()
 
 
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def critic_of(dtype=torch.float64):
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1)).to(dtype)
@@ -40,9 +44,9 @@ def test_gradient_penalty():
         return critic(u.flatten(1))
 
     def penalty():
-        return td.gradient_penalty(score, real, fake, target=0.5, generator=torch.Generator().manual_seed(3))
+        return td.gradient_penalty(score, real, fake, target=0.5, generator=seeded(3))
 
-    e = torch.rand(7, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    e = torch.rand(7, 1, 1, dtype=torch.float64, generator=seeded(3))
     expected = 0.0
     for u in e * real + (1 - e) * fake:
         u = u.unsqueeze(0).requires_grad_()
@@ -77,7 +81,7 @@ def test_gradient_penalty_of_a_flat_critic():
 
 def test_gradient_penalty_is_reproducible_and_leaves_grad_mode():
     critic, (real, fake) = critic_of(), samples(shape=(5, 6))
-    a, b = (td.gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    a, b = (td.gradient_penalty(critic, real, fake, generator=seeded(1)) for _ in range(2))
     assert a == b and torch.is_grad_enabled()
     assert all(p.grad is None for p in critic.parameters())
     torch.manual_seed(5)

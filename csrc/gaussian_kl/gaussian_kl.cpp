@@ -2,6 +2,8 @@
 // gaussian_kl_cpu.cpp and gaussian_kl_cuda.cu. Full covariance: a composition of ATen operators.
 #include "gaussian_kl/gaussian_kl.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/diagonal.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -58,7 +60,7 @@ RowsIn rows_or_nothing(const OptionalTensor& t) { return t.has_value() ? rows_in
 // -- CPU, CUDA and meta -----------------------------------------------------------------------------------------------
 
 Tensor rows_dense(const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
-                const OptionalTensor& prior_log_var, const OptionalTensor& row_weight) {
+                  const OptionalTensor& prior_log_var, const OptionalTensor& row_weight) {
   const auto weight = checked_weight("gaussian_kl", row_weight);
   auto loss = at::empty(mean.sizes().slice(0, mean.dim() - 1), mean.options().dtype(loss_dtype(mean, log_var)));
   const GaussianKlForward call{
@@ -95,7 +97,7 @@ Tensors4 gradient_buffers(const Tensor& mean, const Tensor& log_var, const Optio
 }
 
 Tensors4 backward_dense(const Tensor& grad, const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
-                      const OptionalTensor& prior_log_var, Mask mask) {
+                        const OptionalTensor& prior_log_var, Mask mask) {
   const auto coefficient = grad.to(at::kDouble).contiguous();
   // Of an expanded prior, empty_like_large keeps no stride 0: every row has its own gradient.
   auto out = gradient_buffers(mean, log_var, prior_mean, prior_log_var, mask,
@@ -345,11 +347,17 @@ Tensor checked_factor(const char* argument, const Tensor& factor, const Tensor& 
   return real;
 }
 
-// Values are looked at only where there are any: not in a traced, fake, batched or CUDA tensor.
+// Values are looked at only where there are any: not in a traced, fake or batched tensor. On CUDA nobody waits for what
+// is found: it is an assertion of the device.
 void check_diagonal(const char* argument, const Tensor& factor, const OptionalTensor& weight) {
-  if (!factor.is_cpu() || !is_plain_eager(factor) || (weight.has_value() && !is_plain_eager(*weight))) return;
+  const auto has_values = [](const Tensor& t) {
+    return is_plain_eager(t) || (t.is_cuda() && !at::isTensorSubclassLike(t));
+  };
+  if (!has_values(factor) || (weight.has_value() && !has_values(*weight))) return;
   auto bad = factor.detach().diagonal(0, -2, -1) <= 0;
   if (weight.has_value()) bad = bad.logical_and((*weight != 0).unsqueeze(-1));
+  if (!factor.is_cpu())
+    return at::_assert_async(bad.any().logical_not(), "gaussian_kl_full: a diagonal has an entry that is not positive");
   TORCH_CHECK_VALUE(!bad.any().item<bool>(), "gaussian_kl_full: ", argument,
                     " has an entry <= 0 on its diagonal, expected a Cholesky factor, whose diagonal is positive");
 }
