@@ -329,9 +329,9 @@ TEST_P(KlDivTopkCuda, ValuesAndDerivatives) {
 
 const Case kCases[] = {
     {.name = "few", .classes = 5, .k = 2},
-    {.name = "options", .classes = 37, .k = 6, .temperature = 1.5, .all_options = true},
+    {.name = "odd", .classes = 37, .k = 6, .temperature = 1.5, .all_options = true},
     {.name = "warp", .classes = 300, .k = 40},
-    {.name = "block", .classes = 1100, .k = 20},
+    {.name = "a_block", .classes = 1100, .k = 20},
     {.name = "many", .classes = 1500, .k = 700},
     {.name = "several_visits", .rows = 2, .classes = 9001, .k = 64},
     {.name = "split", .rows = 2, .classes = 20003, .k = 33},
