@@ -73,7 +73,9 @@ def link_tests(kernel: str = "kl_div", csrc: Path = ROOT / "csrc", out: Path = B
     folder = compiled.object.parent
     torch = torch_folder()
     library = folder / f"test_{kernel}.so"
-    sources = [HERE / f"test_{kernel}_cuda.cpp", HERE / f"profile_{kernel}.cpp", HERE / "ptx" / "fake_cudart.cpp"]
+    sources = [HERE / f"test_{kernel}_cuda.cpp", HERE / "ptx" / "fake_cudart.cpp"]
+    if (profile := HERE / f"profile_{kernel}.cpp").exists():
+        sources.append(profile)
     if not library.exists() or any(s.stat().st_mtime > library.stat().st_mtime for s in sources):
         include = [f"-I{csrc}", f"-I{HERE / 'emulator'}", f"-I{torch / 'include'}", *gtest("-I")]
         part = folder / "part.so"
