@@ -242,6 +242,21 @@ __device__ __forceinline__ void store_piece(const RowPointer<char>& row, const P
   });
 }
 
+// A piece's entries in turn, in a loop that is not unrolled: what takes hundreds of instructions a class stays small,
+// and x in registers. append() drops the first; next() takes it, and after as many as there are x is as it was.
+template <class A, int K>
+__device__ __forceinline__ void append(A (&x)[K], A last) {
+#pragma unroll
+  for (int k = 1; k < K; ++k) x[k - 1] = x[k];
+  x[K - 1] = last;
+}
+template <class A, int K>
+__device__ __forceinline__ A next(A (&x)[K]) {
+  const A first = x[0];
+  append(x, first);
+  return first;
+}
+
 template <class T>
 __device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
   Arithmetic<T> x = 0;

@@ -370,7 +370,7 @@ struct Classes {
   __device__ Classes(const JsDivRows& rows, const RowPointer<const char>& p_, const RowPointer<const char>& q_,
                      const JsDivStat& stat, double inv)
       : Classes(rows, p_, q_, stat, inv, JsCentres(stat, inv)) {}
-  // f(p, q, l, sigma, rho, term, k) for the classes of a piece; sigma and rho are less those of the centres.
+  // f(p, q, l, ratios) for the classes of a piece, in order.
   template <class F>
   __device__ void for_each(const Mixture<double>& mixture, const Pieces& pieces, const Piece<T>& piece,
                            const F& f) const {
@@ -378,19 +378,20 @@ struct Classes {
     load_piece(p, pieces, piece, p_side.padding, t);
     load_piece(q, pieces, piece, q_side.padding, s);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < K; ++k) {
+      const double given_p = next(t), given_q = next(s);
       double x, log_x, y, log_y;
-      p_side.read(t[k], x, log_x);
-      q_side.read(s[k], y, log_y);
+      p_side.read(given_p, x, log_x);
+      q_side.read(given_q, y, log_y);
       const double plain = log_ratio(both_probs, x, y, log_x, log_y);
-      double l = from_logits ? difference_minus(t[k], s[k], difference) * inv_t : plain;
+      double l = from_logits ? difference_minus(given_p, given_q, difference) * inv_t : plain;
       if (std::isinf(plain)) l = plain > 0 ? kJsNone : -kJsNone;
       if (x == 0 && y == 0) l = 0;
-      const double u_p = from_logits ? difference_minus(t[k], s[k], difference_p) * inv_t : l,
-                   u_q = from_logits ? difference_minus(t[k], s[k], difference_q) * inv_t : l;
+      const double u_p = from_logits ? difference_minus(given_p, given_q, difference_p) * inv_t : l,
+                   u_q = from_logits ? difference_minus(given_p, given_q, difference_q) * inv_t : l;
       const Ratios<double> r = centres(mixture, l, u_p, u_q, true, true);
-      f(x, y, l, r, k);
+      f(x, y, l, r);
     }
   }
 
@@ -441,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Sum<double> term, p_sigma, q_rho, error;
       task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
         double piece_term = 0, piece_p = 0, piece_q = 0, piece_gap = 0;
-        classes.for_each(k.mixture, pieces, piece, [&](double x, double y, double l, const Ratios<double>& r, int) {
+        classes.for_each(k.mixture, pieces, piece, [&](double x, double y, double l, const Ratios<double>& r) {
           piece_term += classes.centres.term(k.mixture, l, x, y, r);
           piece_p += x * r.sigma, piece_q += y * r.rho, piece_gap += gap(l, x, y);
         });
@@ -486,10 +487,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Classes<T> classes(k.rows, row_p, row_q, stat, 1 / k.rows.temperature);
   const JsWeights weights(k.rows, coefficient);
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double g_p[K], g_q[K];
-    classes.for_each(k.mixture, pieces, piece, [&](double x, double y, double, const Ratios<double>& r, int i) {
-      g_p[i] = weights.p * entry(classes.p_side, x, r.sigma, stat.mean_p);
-      g_q[i] = weights.q * entry(classes.q_side, y, r.rho, stat.mean_q);
+    double g_p[K] = {}, g_q[K] = {};
+    classes.for_each(k.mixture, pieces, piece, [&](double x, double y, double, const Ratios<double>& r) {
+      append(g_p, weights.p * entry(classes.p_side, x, r.sigma, stat.mean_p));
+      append(g_q, weights.q * entry(classes.q_side, y, r.rho, stat.mean_q));
     });
     if (grad_p.data != nullptr) store_piece(grad_p, pieces, piece, g_p);
     if (grad_q.data != nullptr) store_piece(grad_q, pieces, piece, g_q);
@@ -526,20 +527,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       k.rows.by_logits() ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature;
   const Classes<T> classes(k.rows, row_p, row_q, stat, inv_t);
   const Side &p_side = classes.p_side, &q_side = classes.q_side;
-  // f(p, q, ratios, v_p, v_q, k) for the classes of a piece.
+  // f(p, q, ratios, v_p, v_q) for the classes of a piece.
   const auto for_each = [&](const Piece<T>& piece, const auto& f) {
     double a[K] = {}, b[K] = {};
     if (v_p.data != nullptr) load_piece(v_p, pieces, piece, 0.0, a);
     if (v_q.data != nullptr) load_piece(v_q, pieces, piece, 0.0, b);
     classes.for_each(k.mixture, pieces, piece,
-                     [&](double x, double y, double, const Ratios<double>& r, int i) { f(x, y, r, a[i], b[i], i); });
+                     [&](double x, double y, double, const Ratios<double>& r) { f(x, y, r, next(a), next(b)); });
   };
   const auto whole = [&](const auto& x) { return merged(task.team, x); };
   Sums<4> means;
   const auto part_means = [&] {
     Sums<4> sums;
     task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-      for_each(piece, [&](double x, double y, const Ratios<double>& r, double a, double b, int) {
+      for_each(piece, [&](double x, double y, const Ratios<double>& r, double a, double b) {
         sums.x[0] += a == 0 ? 0 : x * a;
         sums.x[1] += b == 0 ? 0 : y * b;
         sums.x[2] += a == 0 ? 0 : a * entry(p_side, x, r.sigma, stat.mean_p);
@@ -563,7 +564,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto part_rest = [&] {
     Sums<2> sums;
     task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-      for_each(piece, [&](double x, double y, const Ratios<double>&, double a, double b, int) {
+      for_each(piece, [&](double x, double y, const Ratios<double>&, double a, double b) {
         sums.x[0] += x == 0 ? 0 : x * (a - means.x[0]);
         sums.x[1] += y == 0 ? 0 : y * (b - means.x[1]);
       });
@@ -572,16 +573,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   if (!task.reduce(1, rest, part_rest, whole)) return;
   const Direction of_p{means.x[0], rest.x[0]}, of_q{means.x[1], rest.x[1]};
-  // f(p, q, ratios less their means, derivatives of p, q, sigma, rho, k)
+  // f(p, q, ratios less their means, derivatives of p, q, sigma, rho)
   const auto for_dots = [&](const Piece<T>& piece, const auto& f) {
-    for_each(piece, [&](double x, double y, Ratios<double> r, double a, double b, int i) {
+    for_each(piece, [&](double x, double y, Ratios<double> r, double a, double b) {
       const double log_p_dot = of_p.log_dot(p_side, x, a), log_q_dot = of_q.log_dot(q_side, y, b),
                    p_dot = Direction::dot(p_side, x, a, log_p_dot), q_dot = Direction::dot(q_side, y, b, log_q_dot),
                    m = k.mixture.beta * x + k.mixture.rest * y, inv_m = m == 0 ? 1 : 1 / m;
       if (p_side.space == kLogits) r.sigma -= stat.mean_p;
       if (q_side.space == kLogits) r.rho -= stat.mean_q;
       f(x, y, r, p_dot, q_dot, k.mixture.rest * (y * log_p_dot - q_dot) * inv_m,
-        k.mixture.beta * (x * log_q_dot - p_dot) * inv_m, i);
+        k.mixture.beta * (x * log_q_dot - p_dot) * inv_m);
     });
   };
   Sums<2> mean_dots;
@@ -589,7 +590,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Sums<2> sums;
     task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
       for_dots(piece, [&](double x, double y, const Ratios<double>& r, double p_dot, double q_dot, double sigma_dot,
-                          double rho_dot, int) {
+                          double rho_dot) {
         sums.x[0] += x == 0 ? 0 : p_dot * r.sigma + x * sigma_dot;
         sums.x[1] += y == 0 ? 0 : q_dot * r.rho + y * rho_dot;
       });
@@ -607,11 +608,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     return side.space == kLogProbs ? whole_dot : (dot * ratio + prob * (ratio_dot - mean_dot)) * side.inv_t;
   };
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double h_p[K], h_q[K];
+    double h_p[K] = {}, h_q[K] = {};
     for_dots(piece, [&](double x, double y, const Ratios<double>& r, double p_dot, double q_dot, double sigma_dot,
-                        double rho_dot, int i) {
-      h_p[i] = weights.p * entry_dot(p_side, x, p_dot, r.sigma, sigma_dot, mean_dots.x[0]);
-      h_q[i] = weights.q * entry_dot(q_side, y, q_dot, r.rho, rho_dot, mean_dots.x[1]);
+                        double rho_dot) {
+      append(h_p, weights.p * entry_dot(p_side, x, p_dot, r.sigma, sigma_dot, mean_dots.x[0]));
+      append(h_q, weights.q * entry_dot(q_side, y, q_dot, r.rho, rho_dot, mean_dots.x[1]));
     });
     if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
     if (d_q.data != nullptr) store_piece(d_q, pieces, piece, h_q);

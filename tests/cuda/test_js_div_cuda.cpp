@@ -83,7 +83,7 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
     const auto whole = [&](Real y) {
       return y > 0 ? y + std::log(other + own * std::exp(-y)) : std::log(own + other * std::exp(y));
     };
-    const Real change = std::fabs(u) < 1 ? other * std::expm1(u) / (own * std::exp(-l0) + other) : 1;
+    const Real change = other * std::expm1(u) / (own * std::exp(-l0) + other);
     return std::fabs(change) < 0.5L ? std::log1p(change) : whole(x) - whole(l0);
   };
   Exact e;
@@ -110,13 +110,13 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
     blur[j] = p_space == q_space ? 0 : size(t[j], p.log[j], p_space) + size(s[j], q.log[j], q_space);
     e.terms += unit * (b * p.times(j, std::fabs(sigma)) + (1 - b) * q.times(j, std::fabs(rho)) + blur[j] * m);
     // Around the likeliest class of the side, by the exact difference of the logits.
-    const auto around = [&](const ExactSide& side, Real own, int sign) {
+    const auto around = [&](const ExactSide& side, Real own, Real other, int sign) {
       const size_t c = side.top;
       const Real u = ((t[j] - s[j]) - (t[c] - s[c])) / temperature;
-      return -log_mixture(own, 1 - own, sign * l[j], sign * l[c], sign * u);
+      return -log_mixture(own, other, sign * l[j], sign * l[c], sign * u);
     };
-    p.ratio.push_back(logits && std::isfinite(l[p.top]) ? around(p, b, -1) : sigma);
-    q.ratio.push_back(logits && std::isfinite(l[q.top]) ? around(q, 1 - b, 1) : rho);
+    p.ratio.push_back(logits && std::isfinite(l[p.top]) ? around(p, b, 1 - b, -1) : sigma);
+    q.ratio.push_back(logits && std::isfinite(l[q.top]) ? around(q, 1 - b, b, 1) : rho);
     const Real inv_m = m == 0 ? 1 : 1 / m;
     p.ratio_dot.push_back((1 - b) * (y * p.log_dot[j] - q.dot[j]) * inv_m);
     q.ratio_dot.push_back(b * (x * q.log_dot[j] - p.dot[j]) * inv_m);
