@@ -112,6 +112,8 @@ pytest-capabilities: build
 EMULATED := build/emulated/site
 EMULATED_TESTS := test_reference_file or test_mpmath or test_dtypes or peaked or far_apart or masked or test_row_weight or \
   test_first_order or test_derivatives_at_masks or test_mixed_dtypes or test_hessian or test_through_weights
+EMULATED_OWN_TESTS := test_mpmath or test_zeros or test_row_weight or not_a_distribution or ignored_rows or weight_zero or \
+  left_out or masked_classes or no_distribution or zero_targets or both_sides or near_the_optimum or double_backward_against
 test-cuda: build
 	$(call say,CUDA kernels on an emulated device)
 	ctest --test-dir build --output-on-failure --no-tests=error -L cuda -j $(JOBS)
@@ -122,7 +124,8 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
+	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
+	pytest -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
 # cuobjdump); the last needs g++ only.
