@@ -112,6 +112,8 @@ pytest-capabilities: build
 EMULATED := build/emulated/site
 EMULATED_TESTS := test_reference_file or test_mpmath or test_dtypes or peaked or far_apart or masked or test_row_weight or \
   test_first_order or test_derivatives_at_masks or test_mixed_dtypes or test_hessian or test_through_weights
+EMULATED_OWN_TESTS := test_mpmath or test_zeros or test_row_weight or not_a_distribution or ignored_rows or weight_zero or \
+  left_out or masked_classes or no_distribution or zero_targets or both_sides or near_the_optimum or double_backward_against
 # Losses with a file of tests of their own: all but what is another composition of operators, checks arguments only, or
 # expects the ValueErrors of the CPU kernels, where a device has assertions.
 EMULATED_FILES := $(foreach loss,fisher_vector_product gaussian_kl kl_div_topk wasserstein_1d sliced_wasserstein,tests/test_$(loss).py)
@@ -127,7 +129,8 @@ test-cuda: build
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
 	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
-	pytest -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"
+	pytest -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"; \
+	pytest -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
 # cuobjdump); the last needs g++ only.

@@ -249,14 +249,6 @@ __device__ __forceinline__ void store_piece(const RowPointer<char>& row, const P
   });
 }
 
-template <class T>
-__device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
-  Arithmetic<T> x = 0;
-  with_type<T>(row.type, [&](auto zero) {
-    x = static_cast<Arithmetic<T>>(reinterpret_cast<const decltype(zero)*>(row.data)[at * row.stride]);
-  });
-  return x;
-}
 // A piece's entries in turn, in a loop that is not unrolled: what takes hundreds of instructions a class stays small,
 // and x in registers. append() drops the first; next() takes it, and after as many as there are x is as it was.
 template <class A, int K>
@@ -272,6 +264,14 @@ __device__ __forceinline__ A next(A (&x)[K]) {
   return first;
 }
 
+template <class T>
+__device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
+  Arithmetic<T> x = 0;
+  with_type<T>(row.type, [&](auto zero) {
+    x = static_cast<Arithmetic<T>>(reinterpret_cast<const decltype(zero)*>(row.data)[at * row.stride]);
+  });
+  return x;
+}
 template <class T, class A>
 __device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t at, A x) {
   with_type<T>(row.type, [&](auto zero) {

@@ -407,7 +407,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   static void with_ready(const F& f, [[maybe_unused]] const Tensor& x, [[maybe_unused]] const double* used,
                          C... constant) {
     const auto checked = [&](const auto&... ready) {
-      if (!is_on_device(x)) (L::check(ready, x, used), ...);
+      if constexpr (kConstants > 0)
+        if (!is_on_device(x)) (L::check(ready, x, used), ...);
       f(ready...);
     };
     checked(L::ready(constant)...);

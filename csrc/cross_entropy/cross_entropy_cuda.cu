@@ -632,8 +632,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const FreeLabel target(k.rows);
   const double own = coefficient * target.gradient(load_entry<T>(row, label), target.of_label());
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double x[K];
-    load_piece(row, pieces, piece, 1.0, x);
+    double x[K] = {};
+    if (target.uniform != 0) load_piece(row, pieces, piece, 1.0, x);
 #pragma unroll
     for (int i = 0; i < K; ++i) x[i] = coefficient * target.gradient(x[i], target.uniform);
     at_label<T>(piece, label, [&](int at) { x[at] = own; });

@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_values.py", "test_gradients.py", "test_errors.py", "test_modules.py", "test_fuzz.py")
+TESTS = (
+    "test_values.py",
+    "test_gradients.py",
+    "test_cross_entropy.py",
+    "test_entropy.py",
+    "test_errors.py",
+    "test_modules.py",
+    "test_fuzz.py",
+)
 SANITIZED = ("tests/test_gradients.py", "-k", "kl_div and not compile", "-x", "-q")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SIZES = ((8192, 1024), (4096, 32768), (2048, 131072))
