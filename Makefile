@@ -14,6 +14,15 @@ export PATH := $(VENV)/bin:$(PATH)
 # The CUDA kernels are built into the library with `make TD_CUDA=ON ...`; the tests run their source on an emulator.
 TD_CUDA ?= OFF
 CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON -DTD_CUDA=$(TD_CUDA)
+# With ccache, a clean clone compiles what no clone before it has: paths are taken relative to the clone.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+endif
+# A process a core; threads that wait for work leave the core to the others.
+PYTEST := OMP_WAIT_POLICY=passive pytest -n $(JOBS) --dist worksteal
 CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 , := ,
 say = @printf '\n== %s\n' "$(1)"
@@ -96,7 +105,7 @@ ctest: build
 
 pytest: build
 	$(call say,Python tests and doctests)
-	pytest --ignore tests/cuda
+	$(PYTEST) --ignore tests/cuda
 
 # pytest itself runs with the best instruction set of the processor; these are the ones below it.
 pytest-capabilities: build
@@ -104,7 +113,7 @@ pytest-capabilities: build
 	for capability in default avx2; do \
 	  case $$best-$$capability in DEFAULT-*|AVX2-avx2) continue;; esac; \
 	  printf '\n== Python tests with ATEN_CPU_CAPABILITY=%s\n' $$capability; \
-	  ATEN_CPU_CAPABILITY=$$capability pytest -q tests/test_values.py tests/test_gradients.py; \
+	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) -q tests/test_values.py tests/test_gradients.py; \
 	done
 
 # The CUDA kernels' source on the emulated device of tests/cuda/emulator, in place of the CPU's, for the tests of the
@@ -122,7 +131,7 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
+	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
 # cuobjdump); the last needs g++ only.
@@ -182,7 +191,7 @@ sanitize: $(STAMPS)/venv
 	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CURDIR)/build-sanitize/site; \
 	python -c "import torch_divergence as td; assert 'build-sanitize' in td.__file__, td.__file__"; \
-	pytest -q tests/test_gradients.py
+	$(PYTEST) -q tests/test_gradients.py
 
 # --- for developers ---------------------------------------------------------------------------------------------------
 
