@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +29,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-# The tests whose calls have CUDA kernels: file and what -k selects.
-TESTS = (
-    ("test_values.py", "kl_div or KL or not js_div"),
-    ("test_gradients.py", "kl_div"),
-    ("test_errors.py", "kl_div"),
-    ("test_modules.py", "kl_div"),
-    ("test_fuzz.py", "kl_div"),
+# The tests of what has CUDA kernels.
+TESTS = tuple(
+    f"test_{name}.py"
+    for name in (
+        *("values", "gradients", "errors", "modules", "fuzz", "js_div", "cross_entropy", "entropy", "kl_div_topk"),
+        *("gaussian_kl", "fisher_vector_product", "kl_estimate", "wasserstein_1d", "sliced_wasserstein", "sinkhorn"),
+        *("distillation", "ppo", "vae"),
+    )
 )
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SIZES = ((65536, 128), (8192, 1024), (4096, 32768), (1024, 131072))
@@ -43,20 +46,61 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 # --- the calls --------------------------------------------------------------------------------------------------------
 
+Shape = tuple[int, int]
 
-def calls() -> Iterator[tuple[str, Callable[..., Tensor], Callable[[tuple[int, int]], list[Tensor]], int]]:
-    """Every loss with kernels: name, function, arguments of a shape in float32, how many of them are differentiated."""
+
+class Call(NamedTuple):
+    """A loss, its arguments in float32 for rows and classes, how many are differentiated, and in which dtypes."""
+
+    name: str
+    function: Callable[..., Tensor]
+    arguments: Callable[[Shape], list[Tensor]]
+    differentiable: int = 2
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def calls() -> Iterator[Call]:
+    """Every loss with kernels of its own."""
     import torch_divergence as td
-    from divergences import two_logits
+    from divergences import LOSSES, two_logits
 
-    for space in ("logits", "log_probs", "probs"):
+    spaces: dict[str, Callable[[Tensor], Tensor]] = {
+        "logits": lambda x: x,
+        "log_probs": lambda x: x.log_softmax(-1),
+        "probs": lambda x: x.softmax(-1),
+    }
+
+    def pair(shape: Shape, space: str) -> list[Tensor]:
+        return [spaces[space](x) for x in two_logits(shape)]
+
+    for space in spaces:
+        arguments = partial(pair, space=space)
         for direction in ("forward", "reverse"):
+            yield Call(f"kl_div, {space}, {direction}", partial(td.kl_div, space=space, direction=direction), arguments)
+        for beta in (0.5, 0.1):
+            yield Call(f"js_div, {space}, beta {beta}", partial(td.js_div, space=space, beta=beta), arguments)
+        options = {"space": space, "target_space": space}
+        yield Call(f"cross_entropy, {space}", partial(td.cross_entropy, **options), arguments)
+        yield Call(f"entropy, {space}", partial(td.entropy, space=space), lambda x, f=arguments: f(x)[:1], 1)
+    for name in ("cross_entropy, labels", "gaussian_kl"):
+        yield Call(name, LOSSES[name].ours, LOSSES[name].arguments, LOSSES[name].inputs)
 
-            def kl(input: Tensor, target: Tensor, space: str = space, direction: str = direction) -> Tensor:
-                to = {"logits": lambda x: x, "log_probs": lambda x: x.log_softmax(-1), "probs": lambda x: x.softmax(-1)}
-                return td.kl_div(to[space](input), to[space](target), space=space, direction=direction)
+    def teacher(shape: Shape) -> list[Tensor]:
+        student, target = two_logits(shape)
+        top = target.log_softmax(-1).topk(min(64, shape[1] - 1))
+        return [student, top.indices, top.values]
 
-            yield f"kl_div, {space}, {direction}", kl, two_logits, 2
+    for tail in ("bucket", "zero", "renorm_target", "renorm_both"):
+        yield Call(f"kl_div_topk, {tail}", partial(td.kl_div_topk, tail=tail), teacher, 1)
+    yield Call("fisher_vector_product", lambda x, v: td.fisher_vector_product(x, v).square().sum(), two_logits)
+    exact = (torch.float32, torch.float64)
+    yield Call("wasserstein_1d", lambda u, v: td.wasserstein_1d(u, v, p=2).sum(), two_logits, dtypes=exact)
+
+    def points(shape: Shape) -> list[Tensor]:
+        return [torch.randn(min(shape[1], 300), 3) for _ in range(2)]
+
+    sinkhorn = partial(td.sinkhorn_divergence, blur=0.3, tol=1e-10)
+    yield Call("sinkhorn_divergence", sinkhorn, points, dtypes=(torch.float64,))
 
 
 def on(device: str, tensors: list[Tensor], dtype: torch.dtype, differentiable: int) -> list[Tensor]:
@@ -64,23 +108,24 @@ def on(device: str, tensors: list[Tensor], dtype: torch.dtype, differentiable: i
     return [t.requires_grad_(i < differentiable) for i, t in enumerate(moved)]
 
 
-def results(function: Callable[..., Tensor], tensors: list[Tensor], differentiable: int) -> list[Tensor]:
+def results(call: Call, tensors: list[Tensor]) -> list[Tensor]:
     """The loss, its gradients, and the gradients of their squares' sum."""
-    leaves = tensors[:differentiable]
-    loss = function(*tensors)
+    leaves = tensors[: call.differentiable]
+    loss = call.function(*tensors)
     first = torch.autograd.grad(loss, leaves, create_graph=True)
-    second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)
+    squares = sum(g.to(loss.dtype).square().sum() for g in first)
+    second = torch.autograd.grad(squares, leaves, allow_unused=True, materialize_grads=True)
     return [loss.detach()[None], *(g.detach() for g in first), *second]
 
 
 def run_calls() -> None:
     """For compute-sanitizer: every kernel, on rows of one warp, of one block and of several."""
     torch.manual_seed(0)
-    for _, function, arguments, differentiable in calls():
+    for call in calls():
         for shape in CALL_SHAPES:
-            tensors = arguments(shape)
-            for dtype in DTYPES:
-                results(function, on("cuda", tensors, dtype, differentiable), differentiable)
+            tensors = call.arguments(shape)
+            for dtype in call.dtypes:
+                results(call, on("cuda", tensors, dtype, call.differentiable))
     torch.cuda.synchronize()
 
 
@@ -95,13 +140,10 @@ def run(*command: str, tail: int = 25) -> tuple[int, str]:
 
 def run_tests() -> tuple[int, list[str]]:
     spread = ("-n", str(os.cpu_count()), "--maxfail=100") if importlib.util.find_spec("xdist") else ()
-    failed, lines = 0, ["## Tests on CUDA tensors"]
-    for name, chosen in TESTS:
-        start = time.monotonic()
-        status, tail = run(sys.executable, "-m", "pytest", "-q", *spread, "--tb=line", f"tests/{name}", "-k", chosen)
-        failed += status != 0
-        lines += [f"### {name}, {time.monotonic() - start:.0f} s", "```", tail, "```"]
-    return failed, lines
+    start = time.monotonic()
+    files = [f"tests/{name}" for name in TESTS]
+    status, tail = run(sys.executable, "-m", "pytest", "-q", *spread, "--tb=line", *files, "-m", "not slow", tail=60)
+    return int(status != 0), ["## Tests on CUDA tensors", f"In {time.monotonic() - start:.0f} s:", "```", tail, "```"]
 
 
 def run_sanitizer() -> tuple[int, list[str]]:
@@ -128,19 +170,16 @@ def ulps(got: Tensor, want: Tensor) -> float:
 
 def compare() -> list[str]:
     lines = ["## GPU beside CPU", "", "In ulp: the loss, the gradients, the second derivatives.", ""]
-    for name, function, arguments, differentiable in calls():
-        for dtype in DTYPES:
+    for call in calls():
+        for dtype in call.dtypes:
             worst: list[float] = []
             for shape in CALL_SHAPES:
                 torch.manual_seed(shape[1])
-                tensors = arguments(shape)
-                cpu, gpu = (
-                    results(function, on(device, tensors, dtype, differentiable), differentiable)
-                    for device in ("cpu", "cuda")
-                )
+                tensors = call.arguments(shape)
+                cpu, gpu = (results(call, on(d, tensors, dtype, call.differentiable)) for d in ("cpu", "cuda"))
                 each = [ulps(g, c) for g, c in zip(gpu, cpu, strict=True)]
                 worst = each if not worst else [max(pair) for pair in zip(worst, each, strict=True)]
-            lines.append(f"- {name}, {str(dtype).removeprefix('torch.')}: {', '.join(f'{u:.2g}' for u in worst)}")
+            lines.append(f"- {call.name}, {str(dtype).removeprefix('torch.')}: {', '.join(f'{u:.2g}' for u in worst)}")
     return lines
 
 
@@ -175,8 +214,6 @@ def time_losses(compiled: bool) -> list[str]:
             name = f"{rows}x{classes} {str(dtype).removeprefix('torch.')}"
             lines.append(f"| clone | {name} | | {copy:.3f} | {rate:.0f} | | |")
             for loss_name, loss in LOSSES.items():
-                if loss_name not in TIMED:
-                    continue
                 torch.manual_seed(0)
                 torch._dynamo.reset()
                 arguments = on("cuda", loss.arguments((rows, classes)), dtype, loss.inputs)
@@ -204,9 +241,6 @@ def time_losses(compiled: bool) -> list[str]:
                 )
     lines += ["", "GB/s: inputs read twice and gradients written once. In brackets: times td's time."]
     return lines
-
-
-TIMED = ("kl_div",)
 
 
 def main() -> int:
