@@ -121,6 +121,10 @@ pytest-capabilities: build
 EMULATED := build/emulated/site
 EMULATED_TESTS := test_reference_file or test_mpmath or test_dtypes or peaked or far_apart or masked or test_row_weight or \
   test_first_order or test_derivatives_at_masks or test_mixed_dtypes or test_hessian or test_through_weights
+# Losses with a file of tests of their own: all but what is another composition of operators, checks arguments only, or
+# expects the ValueErrors of the CPU kernels, where a device has assertions.
+EMULATED_FILES := $(foreach loss,fisher_vector_product gaussian_kl kl_div_topk wasserstein_1d sliced_wasserstein,tests/test_$(loss).py)
+NOT_EMULATED := test_full or opcheck or test_bad_input or test_errors or test_negative_weight or test_modules or threads
 test-cuda: build
 	$(call say,CUDA kernels on an emulated device)
 	ctest --test-dir build --output-on-failure --no-tests=error -L cuda -j $(JOBS)
@@ -131,7 +135,8 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"
+	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
+	$(PYTEST) -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
 # cuobjdump); the last needs g++ only.

@@ -185,6 +185,11 @@ def times(p: Rows, x: Rows) -> Rows:
     return np.where((p == 0) & ~np.isnan(x), 0, p * x)
 
 
+def randn(*shape: int, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
+    """The same numbers on every device; generator is of the CPU."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
+
+
 def largest(x: Rows) -> Rows:
     """Of each row, infinities and NaN aside."""
     return np.where(np.isfinite(x), np.abs(x), 0).max(-1, initial=0)

@@ -1,6 +1,8 @@
 """Class labels, and what else is cross-entropy's own; distributions are in the tests over the table."""
 
 import math
+import subprocess
+import sys
 
 import mpmath
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch_divergence as td
 from cases import DTYPES, ROW_ACCURACY, SPACES, Case, assert_within, check, to_numpy
+from loss import randn
 from losses.cross_entropy import CROSS_ENTROPY, CROSS_ENTROPY_LABELS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -18,8 +21,14 @@ CASES = [Case(LABELS, options) for options in LABELS.spaces()]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 transforms = pytest.mark.parametrize("case", [Case(LABELS, o) for o in LABELS.transforms], ids=str)
 single_and_double = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+on_cuda = torch.get_default_device().type == "cuda"
+of_cpu = pytest.mark.skipif(on_cuda, reason="CUDA has no kernel for the value and gradient of one visit, nor in place")
 smoothings = pytest.mark.parametrize("smoothing", (0.0, 0.1, 1.0))
 INF, NAN = math.inf, math.nan
+
+
+def draw(*shape, dtype=torch.float64, loss=LABELS, **options):
+    return Case(loss, options).draw(*shape, dtype=dtype, grad=())
 
 
 def mp_array(values):
@@ -38,7 +47,7 @@ def test_mpmath(case, dtype):
         x = (x * scale if case.options["space"] == "logits" else x).to(dtype).requires_grad_()
         rows = case(x, labels)
         (gradient,) = torch.autograd.grad(rows.sum(), x)
-        exact = LABELS.exact(to_numpy(x), labels.numpy(), **case.options)
+        exact = LABELS.exact(to_numpy(x), labels.cpu().numpy(), **case.options)
         for i in range(3):
             value, want = LABELS.mp_row(x[i].tolist(), int(labels[i]), **case.options)
             assert abs(exact.value[i] - mp_array([value])[0]) <= 1e-15 * abs(exact.value[i])
@@ -55,7 +64,7 @@ def test_peaked_on_the_label(classes, gap, reduction, dtype):
     """A loss of 1e-12 and less, and a gradient as small: the sum of the other classes, at the label too."""
     generator = torch.Generator().manual_seed(2)
     # multiples of 1/1024 are exact in all that is subtracted here
-    x = (torch.randn(4, classes, generator=generator, dtype=torch.float64) * 1024).round() / 1024 - gap
+    x = (randn(4, classes, generator=generator, dtype=torch.float64) * 1024).round() / 1024 - gap
     labels = torch.tensor([0, classes - 1, classes // 2, 1])
     x[torch.arange(4), labels] = 0.25
     value, _ = check(LABELS, x.to(dtype).requires_grad_(), labels, reduction=reduction)
@@ -66,7 +75,7 @@ def test_peaked_on_the_label(classes, gap, reduction, dtype):
 @pytest.mark.parametrize("scale", (0.01, 1.0, 4.0))
 @pytest.mark.parametrize("classes", (1000, 32000, 70001))
 def test_long_rows(classes, scale, dtype):
-    x, labels = LABELS.draw((3, classes), torch.float64)
+    x, labels = draw(3, classes)
     x = (x * scale).to(dtype).requires_grad_()
     check(LABELS, x, labels, reduction="none", temperature=2.0)
     check(LABELS, x, labels)
@@ -102,14 +111,14 @@ def test_strides_and_dim(case):
 
 @pytest.mark.parametrize("kind", (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), ids=str)
 def test_integer_types_of_labels(kind):
-    x, labels = LABELS.draw((5, 7), torch.float32)
+    x, labels = draw(5, 7, dtype=torch.float32)
     assert torch.equal(td.cross_entropy(x, labels.to(kind)), td.cross_entropy(x, labels))
 
 
 @smoothings
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 def test_equals_pytorch(reduction, smoothing):
-    x, labels = LABELS.draw((2, 3, 6, 5), torch.float64)
+    x, labels = draw(2, 3, 6, 5)
     labels[0, 1] = -100
     x.requires_grad_()
     options = {"label_smoothing": smoothing, "reduction": reduction}
@@ -171,6 +180,18 @@ def test_rows_of_weight_zero_may_have_bad_labels():
         assert value.isfinite().all() and (g[1] == 0).all()
 
 
+def test_double_backward_of_rows_that_are_left_out():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    labels, weight = torch.tensor([1, -100, 77]), torch.tensor([1.0, 1.0, 0.0])
+    for space in SPACES:
+        y = x.exp() if space == "probs" else x
+        incoming = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        loss = td.cross_entropy(y, labels, space=space, row_weight=weight, reduction="none")
+        (g,) = torch.autograd.grad(loss, x, incoming, create_graph=True)
+        of_incoming, of_x = torch.autograd.grad(g.pow(2).sum() + x.sum(), (incoming, x))
+        assert of_incoming.isfinite().all() and (of_incoming[1:] == 0).all() and (of_x[1:] == 1).all()
+
+
 def test_nothing_kept():
     x = torch.full((3, 5), NAN, requires_grad=True)
     for reduction in ("mean", "sum"):
@@ -179,7 +200,7 @@ def test_nothing_kept():
 
 
 def test_mean_is_over_the_kept_rows():
-    x, labels = LABELS.draw((8, 5), torch.float64)
+    x, labels = draw(8, 5)
     labels[::2] = -100
     rows = td.cross_entropy(x, labels, reduction="none")
     torch.testing.assert_close(td.cross_entropy(x, labels), rows.sum() / 4)
@@ -193,7 +214,7 @@ def test_mean_is_over_the_kept_rows():
 @single_and_double
 def test_masked_classes(dtype):
     """A -inf logit beside the label is as if it were not there; at the label the loss is +inf, the gradient finite."""
-    x, _ = LABELS.draw((3, 40), dtype)
+    x, _ = draw(3, 40, dtype=dtype)
     keep = torch.ones(40, dtype=torch.bool)
     keep[[0, 7, 39]] = False
     labels = torch.tensor([3, 20, 38])
@@ -241,7 +262,7 @@ def test_zero_targets_over_masked_logits(dtype):
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("target_space", SPACES)
 def test_is_entropy_plus_divergence(space, target_space, dtype):
-    q, p = CROSS_ENTROPY.draw((20, 200), dtype, space=space, target_space=target_space)
+    q, p = draw(20, 200, dtype=dtype, loss=CROSS_ENTROPY, space=space, target_space=target_space)
     want = td.entropy(p, space=target_space, reduction="none") + td.kl_div(
         q, p, space=space, target_space=target_space, reduction="none"
     )
@@ -256,8 +277,8 @@ def test_is_entropy_plus_divergence(space, target_space, dtype):
 def test_two_rows_of_logits(classes, kind, temperature, dtype):
     """Values and both gradients: float32 and the half types have kernels of their own."""
     generator = torch.Generator().manual_seed(classes)
-    target = torch.randn(2, classes, generator=generator)
-    x = torch.randn(2, classes, generator=generator)
+    target = randn(2, classes, generator=generator)
+    x = randn(2, classes, generator=generator)
     if kind == "near":
         x = target + 0.05 * x
     elif kind == "offset":
@@ -273,7 +294,7 @@ def test_two_rows_of_logits(classes, kind, temperature, dtype):
 @pytest.mark.parametrize("gap", (5.0, 30.0, 60.0))
 def test_both_sides_peaked(gap, dtype):
     generator = torch.Generator().manual_seed(2)
-    target, noise = ((torch.randn(4, 50, generator=generator) * 1024).round().to(dtype) / 1024 for _ in range(2))
+    target, noise = ((randn(4, 50, generator=generator) * 1024).round().to(dtype) / 1024 for _ in range(2))
     target, x = target - gap, target - gap + noise / 2
     target[:, 1], x[:, 1] = 0.0, 0.25
     value, _ = check(
@@ -336,6 +357,7 @@ def test_double_backward_against_the_composite(case, dtype):
 # ---- loss and gradient in one visit, in place
 
 
+@of_cpu
 @every_case
 def test_stored_gradient_is_chosen_and_right(case):
     x, labels = case.draw(5, 700)
@@ -351,6 +373,7 @@ def test_stored_gradient_is_chosen_and_right(case):
     assert "ValueAndGrad" not in case(half, labels, reduction="mean").grad_fn.name()
 
 
+@of_cpu
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inplace_grad(case, dtype):
@@ -371,7 +394,7 @@ def test_inplace_grad(case, dtype):
 
 
 def test_inplace_grad_errors():
-    x, labels = LABELS.draw((4, 6), torch.float32)
+    x, labels = draw(4, 6, dtype=torch.float32)
     for input, options in ((x, {}), (x.clone().requires_grad_(), {}), (x.requires_grad_() * 1, {"reduction": "none"})):
         with pytest.raises(ValueError, match="inplace_grad"):
             td.cross_entropy(input, labels, inplace_grad=True, **options)
@@ -442,7 +465,7 @@ def test_compile_and_export(case):
 
 
 def test_module():
-    x, labels = LABELS.draw((3, 4), torch.float32)
+    x, labels = draw(3, 4, dtype=torch.float32)
     options = {"label_smoothing": 0.1, "ignore_index": 2, "temperature": 2.0, "reduction": "sum"}
     module = td.CrossEntropyLoss(**options)
     assert torch.equal(module(x, labels), td.cross_entropy(x, labels, **options))
@@ -505,12 +528,23 @@ def test_bad_argument(input, target, options, words, device):
 @pytest.mark.parametrize("label", (-1, 5, -101, 2**40))
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_label_out_of_range(label, reduction):
-    labels = torch.tensor([0, label, 2])
+    x, labels = X.cpu(), torch.tensor([0, label, 2], device="cpu")
     for grad in (False, True):
         with pytest.raises(ValueError) as error:
-            td.cross_entropy(X.clone().requires_grad_(grad), labels, reduction=reduction)
+            td.cross_entropy(x.clone().requires_grad_(grad), labels, reduction=reduction)
         assert all(w in str(error.value) for w in ("cross_entropy", "target", str(label), "row 1", "0 to 4"))
     assert td.cross_entropy(X.to("meta"), labels.to("meta")).shape == ()
+
+
+@pytest.mark.skipif(not on_cuda, reason="of CUDA: the assertion of a kernel ends the process's use of the device")
+def test_label_out_of_range_on_cuda():
+    program = """
+import torch, torch_divergence as td
+td.cross_entropy(torch.ones(3, 5, device="cuda"), torch.tensor([0, 5, 2], device="cuda"))
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "device-side assert" in result.stderr, result.stderr
 
 
 def test_devices_and_weights():
@@ -518,6 +552,8 @@ def test_devices_and_weights():
         with pytest.raises(ValueError, match="target is on"):
             td.cross_entropy(input, target)
     with pytest.raises(ValueError, match="row_weight holds -1"):
-        td.cross_entropy(X, Y, row_weight=-torch.ones(3))
+        td.cross_entropy(X.cpu(), Y.cpu(), row_weight=-torch.ones(3, device="cpu"))
+    if on_cuda:  # nobody waits for the device to be told
+        assert td.cross_entropy(X, Y, row_weight=-torch.ones(3)).isnan()
     with pytest.raises(ValueError, match="normalizer is 0"):
         td.cross_entropy(X, Y, normalizer=0)

@@ -2,13 +2,29 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <type_traits>
+
+#include "core/log_series.h"
+#include "core/phi.h"
 
 namespace torch_divergence::cuda {
 
 template <class A>
 inline constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// What a kernel computes in whose operands are T.
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// 1/T as the arithmetic has it, wherever T scales: see the CPU kernels.
+template <class A>
+__device__ double inverse_temperature(double t) {
+  return static_cast<double>(static_cast<A>(1 / t));
+}
 
 // 2^x to 2 ulp, one instruction; 0 below 2^-126.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -52,6 +68,30 @@ class Exp<float> {
   float hi_, lo_, lowest_;
 };
 
+template <class A>
+__device__ A phi_small(A u) {
+  return u * u * phi_over_square<A>(u, [](A a, A b, A c) { return std::fma(a, b, c); });
+}
+
+template <class A>
+__device__ A expm1_small(A x) {
+  return x + phi_small(-x);
+}
+
+// log u for a normal u > 0 of which u - 1 is known better than from u itself.
+inline __device__ double log_of(double u, double u_minus_1) {
+  return std::fabs(u_minus_1) < 0.25 ? std::log1p(u_minus_1) : std::log(u);
+}
+inline __device__ float log_of(float u, float u_minus_1) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;  // u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
+  const auto bits = std::bit_cast<int32_t>(u), k = (bits - kSqrtHalf) >> 23;
+  const auto mantissa = std::bit_cast<float>(bits - static_cast<int32_t>(static_cast<uint32_t>(k) << 23));
+  const bool near = std::fabs(u_minus_1) < 0.25f;
+  const float y =
+      log1p_float(near ? u_minus_1 : mantissa - 1, [](float a, float b, float c) { return std::fma(a, b, c); });
+  return std::fma(near ? 0 : static_cast<float>(k), 0.693147181f, y);
+}
+
 // A sum that remembers what it rounds off (Kahan): as good as one in double, without the slow units for double.
 template <class A>
 struct Sum {
@@ -73,12 +113,20 @@ struct Split {
   __device__ explicit Split(double x, double rest = 0)
       : hi(static_cast<A>(x)), lo(static_cast<A>((x - static_cast<double>(static_cast<A>(x))) + rest)) {}
 };
-// a - b - c, rounded once relative to itself: Knuth's error-free difference keeps what a - b rounds off.
+// a - b = rounded + error, exactly (Knuth).
+template <class A>
+struct Difference {
+  A rounded, error;
+  __device__ __forceinline__ Difference(A a, A b) : rounded(a - b) {
+    const A back = a - rounded;
+    error = (a - (rounded + back)) + (back - b);
+  }
+};
+// a - b - c, rounded once relative to itself.
 template <class A>
 __device__ __forceinline__ A difference_minus(A a, A b, const Split<A>& c) {
-  const A d = a - b, back = a - d;
-  const A error = (a - (d + back)) + (back - b);
-  return (d - c.hi) + (error - c.lo);
+  const Difference<A> d(a, b);
+  return (d.rounded - c.hi) + (d.error - c.lo);
 }
 
 }  // namespace torch_divergence::cuda

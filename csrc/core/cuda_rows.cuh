@@ -9,7 +9,9 @@
 #include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "core/cuda_math.cuh"
@@ -21,6 +23,10 @@ inline constexpr int kWarp = 32;
 inline constexpr int kThreads = 256;  // of a block
 inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks that a multiprocessor's registers must have room for. Without a number ptxas spills double's to make it two.
+template <class T>
+inline constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
 
 struct Team {
   int size;  // kWarp or kThreads
@@ -47,6 +53,13 @@ struct Team {
       for (int w = 1; w < kWarps; ++w) x[n] = op(x[n], parts[w][n]);
     }
     __syncthreads();  // the next reduction writes parts again
+  }
+  __device__ void sync() const {
+    if (size == kWarp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
   }
   template <int N>
   __device__ void sum(double (&x)[N]) const {
@@ -179,7 +192,7 @@ struct Pieces {
   template <class... Pointers>
   __device__ explicit Pieces(int64_t classes_, Pointers&... operands) : classes(classes_) {
     int size = 16;  // of the narrowest type, which has most entries in 16 bytes
-    const auto look = [&](const auto& x) {
+    [[maybe_unused]] const auto look = [&](const auto& x) {
       if (x.data != nullptr && x.stride == 1 && bytes_of(x.type) < size) size = bytes_of(x.type), lead = x.lead();
     };
     (look(operands), ...);
@@ -236,6 +249,14 @@ __device__ __forceinline__ void store_piece(const RowPointer<char>& row, const P
   });
 }
 
+template <class T>
+__device__ __forceinline__ Arithmetic<T> load_entry(const RowPointer<const char>& row, int64_t at) {
+  Arithmetic<T> x = 0;
+  with_type<T>(row.type, [&](auto zero) {
+    x = static_cast<Arithmetic<T>>(reinterpret_cast<const decltype(zero)*>(row.data)[at * row.stride]);
+  });
+  return x;
+}
 template <class T, class A>
 __device__ __forceinline__ void store_entry(const RowPointer<char>& row, int64_t at, A x) {
   with_type<T>(row.type, [&](auto zero) {
@@ -298,6 +319,15 @@ class RowTask {
   // The thread that writes what there is one of a row.
   __device__ bool writes() const { return team.rank == 0 && segment_ == 0; }
 
+  // Is the team's segment the row's first, or the row?
+  __device__ bool first_segment() const { return segment_ == 0; }
+  // Is the class in the team's segment?
+  __device__ bool holds(const Pieces& pieces, int64_t at) const {
+    if (segments_ == 1) return true;
+    const int64_t segment = (at + pieces.lead) / segment_classes_;
+    return segment_ == (segment < segments_ ? segment : segments_ - 1);
+  }
+
   // f(piece) for this thread's pieces of the row, or of the team's segment of it.
   template <class T, class F>
   __device__ __forceinline__ void for_pieces(const Pieces& pieces, const F& f) const {
@@ -334,5 +364,51 @@ class RowTask {
   int launch_, segments_, segment_ = 0;
   int64_t segment_classes_, rows_ = 0;
 };
+
+// -- What rows have in common ---------------------------------------------------------------------------------------
+
+// A row's weight; NaN where it is none.
+inline __device__ double weight_of(const double* weight, int64_t row) {
+  if (weight == nullptr) return 1;
+  const double w = weight[row];
+  return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The loss of a row into a call of either number of operands.
+template <class Forward>
+__device__ void store_loss(const Forward& k, int64_t row, double loss) {
+  if (k.loss_is_double) {
+    static_cast<double*>(k.loss)[row] = loss;
+  } else {
+    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
+  }
+}
+
+template <class T>
+__device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
+  if (row.data == nullptr) return;
+  const Arithmetic<T> zeros[kPiece<T>] = {};
+  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) { store_piece(row, pieces, piece, zeros); });
+}
+
+// What a team adds up.
+template <int N>
+struct Sums {
+  double x[N] = {};
+
+  __device__ static Sums load(const double* from) {
+    Sums sums;
+    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
+    return sums;
+  }
+  __device__ void store(double* to) const {
+    for (int n = 0; n < N; ++n) to[n] = x[n];
+  }
+};
+template <int N>
+__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
+  team.sum(sums.x);
+  return sums;
+}
 
 }  // namespace torch_divergence::cuda

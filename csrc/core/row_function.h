@@ -13,9 +13,11 @@
 //   kValueNode, kGradientNode, ...            names that grad_fn shows
 //   Rows, kStatSize, kLossStat                kernel argument, doubles a row, which of them is the loss
 //   rows(x, constants..., options...) -> Rows
-//   constant(constant, x, used) -> constant   as the kernels read it, checked where used[row] is not 0 (null:
-//   everywhere) forward_kernel() ...                      of the processor at hand double_backward_composite(...) the
-//   double backward in ATen operators, for derivatives beyond the second
+//   ready(constant) -> constant               as the kernels read it
+//   check(ready, x, used)                     of its values where used[row] is not 0 (null: everywhere); on the CPU
+//   forward_kernel() ...                      of the processor at hand
+//   cuda_kernel(call), cuda_workspace(...)    where there are CUDA kernels: see run_on_cuda() in core/cuda_tensors.h
+//   double_backward_composite(...)            the double backward in ATen operators, for derivatives beyond the second
 #pragma once
 #include "core/row_divergence.h"
 #include "core/single_row.h"
@@ -62,36 +64,36 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     return op.call(x, constant..., row_weight, options..., scale, incoming);
   }
 
-  // -- CPU ----------------------------------------------------------------------------------------------------------
+  // -- CPU and CUDA -------------------------------------------------------------------------------------------------
 
-  static Tensors2 rows_cpu(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options) {
+  static Tensors2 rows_dense(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options) {
     const auto weight = checked_weight(L::name, row_weight);
     const double* const w = data_or_null(weight);
     auto loss = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(loss_dtype(x, x)));
     auto stat = empty_stat(x, L::kStatSize);
-    with_checked(
+    with_ready(
         [&](const auto&... ready) {
           const SingleRowForward<Rows> call{L::rows(x, ready..., options...), w, loss.mutable_data_ptr(),
                                             loss.scalar_type() == at::kDouble,
                                             stat.template mutable_data_ptr<double>()};
-          run(L::forward_kernel(), call, loss.numel());
+          run(L::forward_kernel(), call, loss.numel(), x);
         },
         x, w, constant...);
     return {std::move(loss), std::move(stat)};
   }
 
-  static Tensor backward_cpu(const Tensor& grad, const Tensor& x, C... constant, const Tensor& stat, O... options) {
+  static Tensor backward_dense(const Tensor& grad, const Tensor& x, C... constant, const Tensor& stat, O... options) {
     auto out = empty_like_large(x);
     gradient_into(contiguous_double(grad), x, constant..., stat.contiguous(), options..., rows_out(out));
     return out;
   }
 
-  static Tensors2 double_backward_cpu(const Tensor& v, const Tensor& grad, const Tensor& x, C... constant,
-                                      const Tensor& stat, O... options, Mask2 mask) {
+  static Tensors2 double_backward_dense(const Tensor& v, const Tensor& grad, const Tensor& x, C... constant,
+                                        const Tensor& stat, O... options, Mask2 mask) {
     const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
     auto d_coefficient = at::empty(mask[0] ? grad.sizes() : at::IntArrayRef{0}, grad.options().dtype(at::kDouble));
     auto d_x = mask[1] ? empty_like_large(x) : nothing_like(x);
-    with_checked(
+    with_ready(
         [&](const auto&... ready) {
           const SingleRowDoubleBackward<Rows> call{
               L::rows(x, ready..., options...),
@@ -100,14 +102,14 @@ class RowFunction<L, Types<C...>, Types<O...>> {
               statistics.template const_data_ptr<double>(),
               mask[0] ? d_coefficient.template mutable_data_ptr<double>() : nullptr,
               mask[1] ? rows_out(d_x) : RowsOut{}};
-          run(L::double_backward_kernel(), call, coefficient.numel());
+          run(L::double_backward_kernel(), call, coefficient.numel(), x);
         },
         x, coefficient.template const_data_ptr<double>(), constant...);
     return {d_coefficient.to(grad.scalar_type()), std::move(d_x)};
   }
 
-  static Tensors3 value_and_grad_cpu(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options,
-                                     double scale, double incoming) {
+  static Tensors3 value_and_grad_dense(const Tensor& x, C... constant, const OptionalTensor& row_weight, O... options,
+                                       double scale, double incoming) {
     auto gradient = empty_like_large(x);
     auto [loss, stat] = value_and_grad_into(gradient, x, constant..., row_weight, options..., scale, incoming);
     return {std::move(loss), std::move(stat), std::move(gradient)};
@@ -286,7 +288,8 @@ class RowFunction<L, Types<C...>, Types<O...>> {
       const auto plain = [](const OptionalTensor& t) { return !t.has_value() || is_plain_eager(*t); };
       // By the rules of RowDivergence::loss.
       if (reduction.reduces() && at::GradMode::is_enabled() && x.requires_grad() && !is_half(x) && is_plain_eager(x) &&
-          (is_plain_eager(constant) && ...) && plain(reduction.weight()) && plain(reduction.normalizer()))
+          !is_on_device(x) && (is_plain_eager(constant) && ...) && plain(reduction.weight()) &&
+          plain(reduction.normalizer()))
         return std::get<0>(value_and_grad(x, constant..., reduction.weight(), options..., reduction.scale(),
                                           expected_gradient().next(x)));
     }
@@ -347,10 +350,16 @@ class RowFunction<L, Types<C...>, Types<O...>> {
           ", float scale, float incoming) -> (Tensor, Tensor, Tensor)");
   }
   static void register_cpu(torch::Library& m) {
-    m.impl(private_name("").c_str(), &rows_cpu);
-    m.impl(private_name("_backward").c_str(), &backward_cpu);
-    m.impl(private_name("_double_backward").c_str(), &double_backward_cpu);
-    if constexpr (kStoresGradient) m.impl(private_name("_value_and_grad").c_str(), &value_and_grad_cpu);
+    m.impl(private_name("").c_str(), &rows_dense);
+    m.impl(private_name("_backward").c_str(), &backward_dense);
+    m.impl(private_name("_double_backward").c_str(), &double_backward_dense);
+    if constexpr (kStoresGradient) m.impl(private_name("_value_and_grad").c_str(), &value_and_grad_dense);
+  }
+  // Not _value_and_grad: see row_divergence.h.
+  static void register_cuda(torch::Library& m) {
+    m.impl(private_name("").c_str(), &rows_dense);
+    m.impl(private_name("_backward").c_str(), &backward_dense);
+    m.impl(private_name("_double_backward").c_str(), &double_backward_dense);
   }
   static void register_meta(torch::Library& m) {
     m.impl(private_name("").c_str(), &rows_meta);
@@ -375,26 +384,42 @@ class RowFunction<L, Types<C...>, Types<O...>> {
   static std::string private_name(const char* suffix) { return std::string("_") + L::op + suffix; }
   static std::string operator_name(const char* suffix) { return "torch_divergence::" + private_name(suffix); }
 
+  // Do CUDA kernels serve x?
+  static bool is_on_device([[maybe_unused]] const Tensor& x) {
+#ifdef TD_CUDA
+    if constexpr (requires { L::cuda_workspace(int64_t{}, int64_t{}); }) return is_for_cuda(x);
+#endif
+    return false;
+  }
   template <class Kernel, class Call>
-  static void run(Kernel kernel, const Call& call, int64_t count) {
+  static void run(Kernel kernel, const Call& call, int64_t count, [[maybe_unused]] const Tensor& x) {
+#ifdef TD_CUDA
+    if constexpr (requires { L::cuda_kernel(call); })
+      if (is_on_device(x))
+        return run_on_cuda(L::cuda_kernel(call), call, count, L::cuda_workspace(count, x.size(-1)), x);
+#endif
     parallel_rows(count, call.rows.classes,
                   [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
   }
 
-  // f(the constants as the kernels read them)
+  // f(the constants as the kernels read them). Those of a device are checked there: to look would be to wait for it.
   template <class F>
-  static void with_checked(const F& f, [[maybe_unused]] const Tensor& x, [[maybe_unused]] const double* used,
-                           C... constant) {
-    f(L::constant(constant, x, used)...);
+  static void with_ready(const F& f, [[maybe_unused]] const Tensor& x, [[maybe_unused]] const double* used,
+                         C... constant) {
+    const auto checked = [&](const auto&... ready) {
+      if (!is_on_device(x)) (L::check(ready, x, used), ...);
+      f(ready...);
+    };
+    checked(L::ready(constant)...);
   }
   static void gradient_into(const Tensor& coefficient, const Tensor& x, C... constant, const Tensor& stat, O... options,
                             const RowsOut& grad) {
     const double* const c = coefficient.template const_data_ptr<double>();
-    with_checked(
+    with_ready(
         [&](const auto&... ready) {
           const SingleRowBackward<Rows> call{L::rows(x, ready..., options...), c,
                                              stat.template const_data_ptr<double>(), grad};
-          run(L::backward_kernel(), call, coefficient.numel());
+          run(L::backward_kernel(), call, coefficient.numel(), x);
         },
         x, c, constant...);
   }
@@ -406,11 +431,11 @@ class RowFunction<L, Types<C...>, Types<O...>> {
     const int64_t count = row_count(x);
     const double* const w = data_or_null(weight);
     double* const s = stat.template mutable_data_ptr<double>();
-    with_checked(
+    with_ready(
         [&](const auto&... ready) {
           const SingleRowValueAndGrad<Rows> call{L::rows(x, ready..., options...), w, scale * incoming, s,
                                                  rows_out(gradient)};
-          run(L::value_and_grad_kernel(), call, count);
+          run(L::value_and_grad_kernel(), call, count, x);
         },
         x, w, constant...);
     auto value = at::empty({}, x.options().dtype(loss_dtype(x, x)));

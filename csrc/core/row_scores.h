@@ -5,39 +5,11 @@
 // Both terms are non-negative, and log_z = log1p(what the other classes add) is as accurate as they are, however little
 // that is; lse - x_j would round it away.
 #pragma once
+#include "core/log_sum.h"
 #include "core/row_kernels.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
-
-// top and log_z of a row of logits.
-struct LogSum {
-  double top = 0, log_z = 0;
-};
-
-// Online sum of e^((x - top)/T). Entries equal to top are counted, not added up: what is below them must not be rounded
-// to their size.
-struct TopScan {
-  double top = -std::numeric_limits<double>::infinity(), ties = 0, below = 0;
-
-  void raise(double x, double inv_t) {
-    if (!(x > top)) return;
-    if (ties + below != 0) below = (ties + below) * std::exp((top - x) * inv_t);
-    ties = 0, top = x;
-  }
-  void merge(TopScan other, double inv_t) {
-    raise(other.top, inv_t);
-    other.raise(top, inv_t);
-    ties += other.ties, below += other.below;
-  }
-  LogSum finish() const {
-    if (!(ties + below > 0)) {  // a row of -inf only is no distribution
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      return {nan, nan};
-    }
-    return {top, std::log1p(ties - 1 + below)};
-  }
-};
 
 inline LogSum log_sum(const void* x, DType type, int64_t classes, double t, ForEach columns) {
   const double inv_t = 1 / t;

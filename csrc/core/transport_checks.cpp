@@ -47,7 +47,7 @@ at::Tensor checked_sums(const char* name, const char* argument, const std::optio
 
 void check_masses(const char* name, const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& b,
                   at::ScalarType dtype) {
-  const double tolerance = dtype == at::kDouble ? 1e-10 : 1e-5;
+  const double tolerance = mass_tolerance(dtype);
   const auto of_a = checked_sums(name, "a", a), of_b = checked_sums(name, "b", b);
   const double *const x = of_a.const_data_ptr<double>(), *const y = of_b.const_data_ptr<double>();
   const int64_t rows = a.has_value() ? of_a.numel() : of_b.numel();

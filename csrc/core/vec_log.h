@@ -1,5 +1,6 @@
 // Comparisons whose result stays in a mask register where there are such, and the natural logarithm of float vectors.
 #pragma once
+#include "core/log_series.h"
 #include "core/vec_math.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
@@ -18,8 +19,7 @@ TD_INLINE Vec<A> less(Vec<A> a, Vec<A> b) {
 #endif
 
 // log u in float, as the one in double of vec_math.h: for a normal u > 0 of which u - 1 is known better than from u
-// itself. u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2/2 + f^3 P(f): P is the Chebyshev
-// interpolation of degree 7, relative error of the logarithm 2e-8.
+// itself. u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
 TD_INLINE Vec<float> log_of(Vec<float> u, Vec<float> u_minus_1) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   Vec<float> k, mantissa;
@@ -47,12 +47,10 @@ TD_INLINE Vec<float> log_of(Vec<float> u, Vec<float> u_minus_1) {
   const auto near = less(u_minus_1.abs(), Vec<float>(0.25f));
   const Vec<float> f = select(near, u_minus_1, mantissa - Vec<float>(1.f));
   k = select(near, Vec<float>(0.f), k);
-  constexpr float c[] = {-0.0790274367f, 0.126223192f, -0.129981831f, 0.142144963f,
-                         -0.166412815f,  0.200010449f, -0.25000307f,  0.333333313f};
-  Vec<float> y(c[0]);
-  for (int i = 1; i < 8; ++i) y = fmadd(y, f, Vec<float>(c[i]));
-  y = fmadd(f * f, fmadd(y, f, Vec<float>(-0.5f)), f);
-  return fmadd(k, Vec<float>(0.693147181f), y);
+  const auto fma = [](Vec<float> a, Vec<float> b, Vec<float> c) __attribute__((always_inline)) {
+    return fmadd(a, b, c);
+  };
+  return fmadd(k, Vec<float>(0.693147181f), log1p_float(f, fma));
 }
 
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY

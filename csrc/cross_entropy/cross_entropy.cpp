@@ -39,6 +39,12 @@ struct DistributionOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(cross_entropy_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(cross_entropy_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(cross_entropy_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const CrossEntropyForward&) { return &cuda::cross_entropy_forward; }
+  static auto cuda_kernel(const CrossEntropyBackward&) { return &cuda::cross_entropy_backward; }
+  static auto cuda_kernel(const CrossEntropyDoubleBackward&) { return &cuda::cross_entropy_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) { return cuda::cross_entropy_workspace(rows, classes); }
+#endif
 
   static Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
                                             const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
@@ -86,14 +92,13 @@ struct LabelOps {
   using Rows = LabelRows;
   static constexpr int kStatSize = LabelStat::kSize, kLossStat = LabelStat::kLoss;
 
-  static Tensor constant(const Tensor& labels, const Tensor& x, const double* used) {
-    auto ready = labels.to(at::kLong).contiguous();
-    const int64_t* const y = ready.const_data_ptr<int64_t>();
+  static Tensor ready(const Tensor& labels) { return labels.to(at::kLong).contiguous(); }
+  static void check(const Tensor& labels, const Tensor& x, const double* used) {
+    const int64_t* const y = labels.const_data_ptr<int64_t>();
     const int64_t classes = x.size(-1);
-    for (int64_t i = 0; i < ready.numel(); ++i)
+    for (int64_t i = 0; i < labels.numel(); ++i)
       TORCH_CHECK_VALUE((used != nullptr && used[i] == 0) || (y[i] >= 0 && y[i] < classes), name, ": target holds ",
                         y[i], " for row ", i, ", expected a class from 0 to ", classes - 1, ", or ignore_index");
-    return ready;
   }
   static Rows rows(const Tensor& x, const Tensor& labels, int64_t space, double temperature, double smoothing) {
     return {
@@ -103,6 +108,14 @@ struct LabelOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(cross_entropy_labels_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const LabelForward&) { return &cuda::cross_entropy_labels_forward; }
+  static auto cuda_kernel(const LabelBackward&) { return &cuda::cross_entropy_labels_backward; }
+  static auto cuda_kernel(const LabelDoubleBackward&) { return &cuda::cross_entropy_labels_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) {
+    return cuda::cross_entropy_labels_workspace(rows, classes);
+  }
+#endif
 
   static Tensors2 double_backward_composite(const Tensor& gg, const Tensor& grad, const Tensor& input,
                                             const Tensor& labels, int64_t space, double temperature, double smoothing,
@@ -244,6 +257,12 @@ TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   WithDistribution::register_cpu(m);
   WithLabels::register_cpu(m);
 }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  WithDistribution::register_cuda(m);
+  WithLabels::register_cuda(m);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   WithDistribution::register_meta(m);
   WithLabels::register_meta(m);

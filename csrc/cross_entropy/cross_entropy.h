@@ -26,9 +26,12 @@
 // finite from logits (q - p') and is -inf from probs; P's is 0 from logits for such a row. Both 0: as if the class were
 // not there. A row of -inf only is no distribution: NaN.
 #pragma once
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/row_pair.h"
 #include "core/single_row.h"
 
@@ -38,6 +41,9 @@ namespace torch_divergence {
 
 struct CrossEntropyRows : RowPair {
   double smoothing = 0;
+
+  // Do the rows of entropy and kl_div, in float, serve these?
+  TD_HOST_DEVICE bool by_logits() const { return from_logits() && smoothing == 0 && p.dtype != DType::Double; }
 };
 
 // What a row leaves for its backward.
@@ -60,12 +66,31 @@ struct CrossEntropyStat {
     x[0] = top_p, x[1] = log_z_p, x[2] = top_q, x[3] = log_z_q, x[4] = base;
     x[5] = mean, x[6] = mass, x[7] = near, x[8] = plain, x[9] = loss;
   }
+  // sum_n: sum of n over all classes
+  TD_HOST_DEVICE void set_loss(const CrossEntropyRows& rows, double sum_n) {
+    const double s = rows.smoothing;
+    // A mixture with nothing of one part has no infinity of it.
+    loss = (s == 1 && !std::isnan(plain) ? 0 : (1 - s) * plain) +
+           (s != 0 ? s / static_cast<double>(rows.classes) * sum_n : 0);
+  }
+  // sum p'
+  TD_HOST_DEVICE double mixed_mass(const CrossEntropyRows& rows) const {
+    return (1 - rows.smoothing) * mass + rows.smoothing;
+  }
 };
 
 using CrossEntropyForward = RowPairForward<CrossEntropyRows>;
 using CrossEntropyBackward = RowPairBackward<CrossEntropyRows>;
 using CrossEntropyValueAndGrad = RowPairValueAndGrad<CrossEntropyRows>;
 using CrossEntropyDoubleBackward = RowPairDoubleBackward<CrossEntropyRows>;
+
+// On CUDA, by the rules of kl_div.h.
+namespace cuda {
+int64_t cross_entropy_workspace(int64_t rows, int64_t classes);
+void cross_entropy_forward(const CrossEntropyForward&, int64_t rows, double* workspace, Stream);
+void cross_entropy_backward(const CrossEntropyBackward&, int64_t rows, double* workspace, Stream);
+void cross_entropy_double_backward(const CrossEntropyDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(cross_entropy_forward, (const CrossEntropyForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(cross_entropy_backward,
@@ -95,10 +120,81 @@ struct LabelStat {
   TD_HOST_DEVICE void store(double* x) const { x[0] = base, x[1] = log_z, x[2] = at_label, x[3] = loss; }
 };
 
+// Online sums over the classes other than the label, a = (x - max)/T.
+struct LabelScan {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;    // sum e^a
+  double count = 0;  // smoothing: how many classes,
+  double drop = 0;   // and sum -a of them, the label included; around 0 while max is -inf
+
+  TD_HOST_DEVICE double centre() const { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
+  TD_HOST_DEVICE void raise(double to, double inv_t) {
+    if (!(to > max)) return;
+    const double up = (to - centre()) * inv_t;
+    if (sum != 0) sum *= std::exp(-up);
+    drop += count * up;
+    max = to;
+  }
+  TD_HOST_DEVICE void merge(LabelScan other, double inv_t) {
+    raise(other.max, inv_t);
+    other.raise(max, inv_t);
+    sum += other.sum, count += other.count, drop += other.drop;
+  }
+  // x: the label's entry.
+  TD_HOST_DEVICE LabelStat finish(double x, double inv_t, double smoothing, int64_t classes) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (!(x < std::numeric_limits<double>::infinity())) return {nan, nan, nan, nan};
+    LabelStat stat{};
+    if (sum == 0) {  // the label's class alone
+      if (std::isinf(x)) return {nan, nan, nan, nan};
+      raise(x, inv_t);
+      stat.base = max;
+    } else {
+      const double log_others = std::log(sum), a = (max - x) * inv_t + log_others;
+      stat.base = max, stat.log_z = log_others + softplus(-a), stat.at_label = softplus(a);
+    }
+    stat.loss = stat.at_label;
+    if (smoothing != 0) {
+      const double k = static_cast<double>(classes), every = drop + k * stat.log_z;
+      stat.loss = (smoothing == 1 ? 0 : (1 - smoothing) * stat.at_label) + smoothing / k * every;
+    }
+    return stat;
+  }
+
+ private:
+  TD_HOST_DEVICE static double softplus(double a) {
+    return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
+  }
+};
+
+// (q_y - p'_y)/T
+TD_HOST_DEVICE double label_gradient(const LabelRows& rows, const LabelStat& stat, double inv_t) {
+  const double s = rows.smoothing;
+  return (std::expm1(-stat.at_label) + s - s / static_cast<double>(rows.classes)) * inv_t;
+}
+
+// Over log-probabilities or probabilities. x: the label's entry; sum_n: with smoothing the sum of n over all classes,
+// else 0, or NaN where one of them is.
+TD_HOST_DEVICE LabelStat free_label_stat(const LabelRows& rows, double x, double sum_n) {
+  const double s = rows.smoothing;
+  LabelStat stat{};
+  stat.at_label = rows.space == kProbs ? -std::log(x) : -x;
+  stat.loss = (s == 1 ? 0 : (1 - s) * stat.at_label) + (s != 0 ? s / static_cast<double>(rows.classes) : 1) * sum_n;
+  return stat;
+}
+
 using LabelForward = SingleRowForward<LabelRows>;
 using LabelBackward = SingleRowBackward<LabelRows>;
 using LabelValueAndGrad = SingleRowValueAndGrad<LabelRows>;
 using LabelDoubleBackward = SingleRowDoubleBackward<LabelRows>;
+
+// A label that is no class of its row, of weight or coefficient other than 0, is a device-side assertion.
+namespace cuda {
+int64_t cross_entropy_labels_workspace(int64_t rows, int64_t classes);
+void cross_entropy_labels_forward(const LabelForward&, int64_t rows, double* workspace, Stream);
+void cross_entropy_labels_backward(const LabelBackward&, int64_t rows, double* workspace, Stream);
+void cross_entropy_labels_double_backward(const LabelDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(cross_entropy_labels_forward, (const LabelForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(cross_entropy_labels_backward,

@@ -88,11 +88,6 @@ struct Distributions {
   }
 };
 
-// sum p' where P is in its own space
-TD_INLINE double mixed_mass(const CrossEntropyRows& rows, const CrossEntropyStat& stat) {
-  return (1 - rows.smoothing) * stat.mass + rows.smoothing;
-}
-
 CrossEntropyStat distribution_row(const CrossEntropyRows& rows, const void* p, const void* q, ForEach columns) {
   CrossEntropyStat stat{};
   const double t = rows.temperature, infinity = std::numeric_limits<double>::infinity();
@@ -128,10 +123,7 @@ CrossEntropyStat distribution_row(const CrossEntropyRows& rows, const void* p, c
   stat.plain = sums.of[0], stat.mean = sums.of[1];
   stat.mass = rows.p_space == kLogits ? 1 : sums.of[2];
   stat.near = std::log1p(sums.of[4]);
-  const double s = rows.smoothing;
-  // A mixture with nothing of one part has no infinity of it.
-  stat.loss = (s == 1 && !std::isnan(stat.plain) ? 0 : (1 - s) * stat.plain) +
-              (s != 0 ? s / static_cast<double>(rows.classes) * sums.of[3] : 0);
+  stat.set_loss(rows, sums.of[3]);
   return stat;
 }
 
@@ -144,7 +136,7 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
     return;
   }
   const Distributions row(rows, p, q, stat);
-  const double mass = mixed_mass(rows, stat);
+  const double mass = stat.mixed_mass(rows);
   const D c(coefficient);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for_lanes<double>(
@@ -158,11 +150,6 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
 }
 
 // -- Both sides in logits, in float: H(P, Q) = H(P) + KL(P || Q) ------------------------------------------------------
-
-// Which family serves these rows?
-TD_INLINE bool by_logits(const CrossEntropyRows& rows) {
-  return rows.from_logits() && rows.smoothing == 0 && rows.p.dtype != DType::Double;
-}
 
 // What such a row leaves, in the place of a CrossEntropyStat: the divergence's statistics first, and the loss where
 // that has it.
@@ -181,7 +168,7 @@ TD_INLINE auto leave_in(double* stats, const CrossEntropyRows& rows, ForEach col
 // A row's statistics in double: those that it left, unless it left the float family's.
 CrossEntropyStat double_stat(const CrossEntropyRows& rows, const void* p, const void* q, const double* left,
                              ForEach columns) {
-  return by_logits(rows) ? distribution_row(rows, p, q, columns) : CrossEntropyStat::load(left);
+  return rows.by_logits() ? distribution_row(rows, p, q, columns) : CrossEntropyStat::load(left);
 }
 
 // With dots for derivatives along (v_p, v_q): (log p). = (v - <p,v>)/T | v | v/p for logits | log_probs | probs, and
@@ -193,7 +180,7 @@ void distribution_double_backward(const CrossEntropyDoubleBackward& k, int64_t r
   const CrossEntropyRows& rows = k.rows;
   const auto stat = double_stat(rows, in[0], in[1], k.stat + CrossEntropyStat::kSize * row_index, columns);
   const Distributions row(rows, in[0], in[1], stat);
-  const double coefficient = k.coefficient[row_index], mass = mixed_mass(rows, stat);
+  const double coefficient = k.coefficient[row_index], mass = stat.mixed_mass(rows);
   const bool p_logits = rows.p_space == kLogits, q_logits = rows.q_space == kLogits;
   const D zero(0.0);
   const auto along = [&](int64_t i, auto count, D& v_p, D& v_q) __attribute__((always_inline)) {
@@ -276,27 +263,6 @@ void distribution_double_backward(const CrossEntropyDoubleBackward& k, int64_t r
 
 // -- The target is a class label, over logits -------------------------------------------------------------------------
 
-// Online sums over the classes other than the label, a = (x - max)/T.
-struct LabelScan {
-  double max = -std::numeric_limits<double>::infinity();
-  double sum = 0;    // sum e^a
-  double count = 0;  // smoothing: how many classes,
-  double drop = 0;   // and sum -a of them, the label included
-
-  void raise(double to, double inv_t) {
-    if (!(to > max)) return;
-    const double up = (to - finite_or_zero(max)) * inv_t;
-    if (sum != 0) sum *= std::exp(-up);
-    drop += count * up;
-    max = to;
-  }
-  void merge(LabelScan other, double inv_t) {
-    raise(other.max, inv_t);
-    other.raise(max, inv_t);
-    sum += other.sum, count += other.count, drop += other.drop;
-  }
-};
-
 // One chunk with the label's entry hidden: beside it, the sum of the others would be rounded away.
 template <class T>
 struct Hidden {
@@ -320,12 +286,12 @@ LabelScan scan_label(const T* x, int64_t first, int64_t last, int64_t label, dou
     const int64_t n = std::min(kChunk, last - c);
     const T* const others = hidden.of(x, c, n, label);
     scan.raise(max_of_row<A>(others, n), inv_t_);
-    const Vec<A> max(static_cast<A>(finite_or_zero(scan.max)));
+    const Vec<A> max(static_cast<A>(scan.centre()));
     if constexpr (kSmooth) {
       Vec<A> drop(A(0));
       for_lanes<A>(
           n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            drop = drop + (max - load_lanes<A>(x + c + i, count, static_cast<A>(finite_or_zero(scan.max)))) * inv_t;
+            drop = drop + (max - load_lanes<A>(x + c + i, count, static_cast<A>(scan.centre()))) * inv_t;
           });
       scan.count += static_cast<double>(n), scan.drop += sum_of(drop);
     }
@@ -346,45 +312,17 @@ LabelScan scan_label(const T* x, int64_t first, int64_t last, int64_t label, dou
   return scan;
 }
 
-TD_INLINE double softplus(double a) { return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a)); }
-
-LabelStat label_stat(LabelScan scan, double x, double inv_t, double smoothing, int64_t classes) {
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  if (!(x < std::numeric_limits<double>::infinity())) return {nan, nan, nan, nan};
-  LabelStat stat{};
-  if (scan.sum == 0) {  // the label's class alone
-    if (std::isinf(x)) return {nan, nan, nan, nan};
-    scan.raise(x, inv_t);
-    stat.base = scan.max;
-  } else {
-    const double log_others = std::log(scan.sum), a = (scan.max - x) * inv_t + log_others;
-    stat.base = scan.max, stat.log_z = log_others + softplus(-a), stat.at_label = softplus(a);
-  }
-  stat.loss = stat.at_label;
-  if (smoothing != 0) {
-    const double k = static_cast<double>(classes), every = scan.drop + k * stat.log_z;
-    stat.loss = (smoothing == 1 ? 0 : (1 - smoothing) * stat.at_label) + smoothing / k * every;
-  }
-  return stat;
-}
-
 template <class A, bool kSmooth, class T>
 LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach columns, A* exps, double* max_of_chunk) {
   const double inv_t = inverse_temperature<A>(rows.temperature);
   const double at_label = static_cast<double>(x[label]);  // before exps overwrites it
-  const auto scan = merged_segments<LabelScan>(
+  auto scan = merged_segments<LabelScan>(
       rows.classes, columns,
       [&](int64_t first, int64_t last) {
         return scan_label<A, kSmooth>(x, first, last, label, inv_t, exps, max_of_chunk);
       },
       [&](LabelScan& total, const LabelScan& part) { total.merge(part, inv_t); });
-  return label_stat(scan, at_label, inv_t, rows.smoothing, rows.classes);
-}
-
-// (q_y - p'_y)/T
-TD_INLINE double label_gradient(const LabelRows& rows, const LabelStat& stat, double inv_t) {
-  const double s = rows.smoothing;
-  return (std::expm1(-stat.at_label) + s - s / static_cast<double>(rows.classes)) * inv_t;
+  return scan.finish(at_label, inv_t, rows.smoothing, rows.classes);
 }
 
 template <class A, bool kSmooth, class T>
@@ -458,11 +396,7 @@ LabelStat free_label_row(const LabelRows& rows, const void* x, int64_t label, Fo
         const D n = zero - (probs ? given.log() : given);
         lanes[0] = lanes[0] + (s != 0 ? n : select(n.isnan(), n, zero));
       });
-  LabelStat stat{};
-  stat.at_label = rows.space == kProbs ? -std::log(at_label) : -at_label;
-  stat.loss =
-      (s == 1 ? 0 : (1 - s) * stat.at_label) + (s != 0 ? s / static_cast<double>(rows.classes) : 1) * sums.of[0];
-  return stat;
+  return free_label_stat(rows, at_label, sums.of[0]);
 }
 
 // The gradient of log-probabilities or probabilities, or with v its derivative along it, times `coefficient`.
@@ -499,7 +433,10 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
   // The one that the statistics were made with.
   const bool in_float = rows.x.dtype != DType::Double && s == 0;
   const double inv_t = in_float ? inverse_temperature<float>(rows.temperature) : 1 / rows.temperature;
-  if (k.d_coefficient == nullptr && coefficient == 0) return fill_zero_any(out, k.d_x.dtype, rows.classes);
+  const bool left_out = label < 0 || label >= rows.classes;  // only a row of coefficient 0 may have such a label
+  if (left_out && k.d_coefficient != nullptr) k.d_coefficient[row] = 0;
+  if (coefficient == 0 && (left_out || k.d_coefficient == nullptr))
+    return fill_zero_any(out, k.d_x.dtype, rows.classes);
   const DType type = rows.x.dtype;
   const double uniform = s / static_cast<double>(rows.classes), v_label = entry(v, k.v.dtype, label);
   const D zero(0.0);
@@ -550,7 +487,7 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t end, ForEach columns) {
-  if (by_logits(k.rows))
+  if (k.rows.by_logits())
     return dispatch_float_types(k.rows, [&]<class TP, class TQ>() {
       forward_logits<float, TP, TQ>(k, begin, end, columns, leave_in(k.stat, k.rows, columns));
     });
@@ -566,7 +503,7 @@ void cross_entropy_forward(const CrossEntropyForward& k, int64_t begin, int64_t 
 }
 
 void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  if (by_logits(k.rows) && k.grad_p.data == nullptr)
+  if (k.rows.by_logits() && k.grad_p.data == nullptr)
     return dispatch_float_types(k.rows, [&]<class TP, class TQ>() {
       backward_logits<float, TP, TQ>(k, begin, end, columns, CrossEntropyStat::kSize);
     });
@@ -580,7 +517,7 @@ void cross_entropy_backward(const CrossEntropyBackward& k, int64_t begin, int64_
 }
 
 void cross_entropy_value_and_grad(const CrossEntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  if (by_logits(k.rows) && k.wrt_q)
+  if (k.rows.by_logits() && k.wrt_q)
     return dispatch_float_types(k.rows.p.dtype, [&]<class TP>() {  // Q is in float: kStoresHalf
       value_and_grad_logits<float, true, TP, float>(k, begin, end, columns, leave_in(k.stat, k.rows, columns));
     });

@@ -28,6 +28,12 @@ struct EntropyOps {
   static auto forward_kernel() { return TD_CPU_KERNEL(entropy_forward); }
   static auto backward_kernel() { return TD_CPU_KERNEL(entropy_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(entropy_double_backward); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const EntropyForward&) { return &cuda::entropy_forward; }
+  static auto cuda_kernel(const EntropyBackward&) { return &cuda::entropy_backward; }
+  static auto cuda_kernel(const EntropyDoubleBackward&) { return &cuda::entropy_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) { return cuda::entropy_workspace(rows, classes); }
+#endif
 
   static Tensors2 double_backward_composite(const Tensor& gg, const Tensor& grad, const Tensor& input, int64_t space,
                                             double temperature, std::array<bool, 2> mask) {
@@ -84,6 +90,9 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { m.impl("ent
 // As for kl_div: or vmap would meet the slow fallback first.
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { m.impl("entropy", entropy); }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) { Entropy::register_cpu(m); }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) { Entropy::register_cuda(m); }
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) { Entropy::register_meta(m); }
 TORCH_LIBRARY_IMPL(torch_divergence, Autograd, m) { Entropy::register_autograd(m); }
 

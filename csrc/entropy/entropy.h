@@ -17,6 +17,8 @@
 #include <cstdint>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
+#include "core/log_sum.h"
 #include "core/single_row.h"
 
 namespace torch_divergence {
@@ -33,9 +35,35 @@ struct EntropyStat {
   TD_HOST_DEVICE void store(double* x) const { x[0] = top, x[1] = log_z, x[2] = mean, x[3] = entropy; }
 };
 
+// Online sums of a row of logits, all of terms that are not negative: what the threads of a GPU are merged to.
+struct EntropyScan : TopScan {
+  double dot = 0;  // sum e^-n n
+
+  TD_HOST_DEVICE void raise(double x, double inv_t) {
+    if (x > top && ties + below != 0) {
+      const double up = (x - top) * inv_t;
+      dot = std::exp(-up) * (dot + up * (ties + below));
+    }
+    TopScan::raise(x, inv_t);
+  }
+  TD_HOST_DEVICE EntropyStat finish() const {
+    const LogSum sum = TopScan::finish();
+    const double mean = dot / (ties + below);
+    return {sum.top, sum.log_z, mean, sum.log_z + mean};
+  }
+};
+
 using EntropyForward = SingleRowForward<SingleRow>;
 using EntropyBackward = SingleRowBackward<SingleRow>;
 using EntropyDoubleBackward = SingleRowDoubleBackward<SingleRow>;
+
+// On CUDA, by the rules of kl_div.h.
+namespace cuda {
+int64_t entropy_workspace(int64_t rows, int64_t classes);
+void entropy_forward(const EntropyForward&, int64_t rows, double* workspace, Stream);
+void entropy_backward(const EntropyBackward&, int64_t rows, double* workspace, Stream);
+void entropy_double_backward(const EntropyDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(entropy_forward, (const EntropyForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(entropy_backward, (const EntropyBackward&, int64_t begin, int64_t end, ForEach columns))

@@ -1,5 +1,6 @@
 // The Fisher-vector product of a categorical distribution: operators, checks, autograd. The formulas are in
-// fisher_vector_product.h, the kernel in fisher_vector_product_cpu.cpp.
+// fisher_vector_product.h, the kernels in fisher_vector_product_cpu.cpp and
+// fisher_vector_product_cuda.cu.
 #include "fisher_vector_product/fisher_vector_product.h"
 
 #include <ATen/ops/empty_like.h>
@@ -11,6 +12,7 @@
 #include "core/apply.h"
 #include "core/checks.h"
 #include "core/composite.h"
+#include "core/cuda_tensors.h"
 #include "core/large_tensor.h"
 #include "core/op.h"
 #include "core/row_layout.h"
@@ -29,9 +31,16 @@ Tensor product(const Tensor& logits, const Tensor& v, double temperature) {
   return op.call(logits, v, temperature);
 }
 
-Tensor product_cpu(const Tensor& logits, const Tensor& v, double temperature) {
+Tensor product_dense(const Tensor& logits, const Tensor& v, double temperature) {
   auto out = empty_like_large(v);
   const FisherVectorProduct call{rows_in(logits), rows_in(v), v.size(-1), temperature, rows_out(out)};
+#ifdef TD_CUDA
+  if (is_for_cuda(v)) {
+    const int64_t rows = row_count(v);
+    run_on_cuda(&cuda::fisher_vector_product, call, rows, cuda::fisher_vector_product_workspace(rows, call.classes), v);
+    return out;
+  }
+#endif
   const auto kernel = TD_CPU_KERNEL(fisher_vector_product);
   parallel_rows(row_count(v), v.size(-1),
                 [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
@@ -114,7 +123,10 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("fisher_vector_product", fisher_vector_product_op);
 }
-TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) { m.impl("_fisher_vector_product", product_cpu); }
+TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) { m.impl("_fisher_vector_product", product_dense); }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) { m.impl("_fisher_vector_product", product_dense); }
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) { m.impl("_fisher_vector_product", product_meta); }
 TORCH_LIBRARY_IMPL(torch_divergence, Autograd, m) { m.impl("_fisher_vector_product", product_autograd); }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/rows.h"
 
 namespace torch_divergence {
@@ -18,6 +19,13 @@ struct FisherVectorProduct {
   double temperature;
   RowsOut product;
 };
+
+// On CUDA: all rows, on a stream; workspace: of as many doubles as fisher_vector_product_workspace() says, on the same
+// device.
+namespace cuda {
+int64_t fisher_vector_product_workspace(int64_t rows, int64_t classes);
+void fisher_vector_product(const FisherVectorProduct&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(fisher_vector_product, (const FisherVectorProduct&, int64_t begin, int64_t end, ForEach columns))
 

@@ -1,5 +1,5 @@
 // KL divergence between Gaussians: operators, checks, autograd. Diagonal: formulas in gaussian_kl.h, kernels in
-// gaussian_kl_cpu.cpp. Full covariance: a composition of ATen operators.
+// gaussian_kl_cpu.cpp and gaussian_kl_cuda.cu. Full covariance: a composition of ATen operators.
 #include "gaussian_kl/gaussian_kl.h"
 
 #include <ATen/ops/diagonal.h>
@@ -21,6 +21,7 @@
 #include "core/apply.h"
 #include "core/checks.h"
 #include "core/composite.h"
+#include "core/cuda_tensors.h"
 #include "core/gradient_buffer.h"
 #include "core/large_tensor.h"
 #include "core/op.h"
@@ -54,9 +55,9 @@ Tensors4 gaussian_kl_backward(const Tensor& grad, const Tensor& mean, const Tens
 OptionalTensor if_defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 RowsIn rows_or_nothing(const OptionalTensor& t) { return t.has_value() ? rows_in(*t) : RowsIn{}; }
 
-// -- CPU and meta -----------------------------------------------------------------------------------------------------
+// -- CPU, CUDA and meta -----------------------------------------------------------------------------------------------
 
-Tensor rows_cpu(const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
+Tensor rows_dense(const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
                 const OptionalTensor& prior_log_var, const OptionalTensor& row_weight) {
   const auto weight = checked_weight("gaussian_kl", row_weight);
   auto loss = at::empty(mean.sizes().slice(0, mean.dim() - 1), mean.options().dtype(loss_dtype(mean, log_var)));
@@ -66,6 +67,13 @@ Tensor rows_cpu(const Tensor& mean, const Tensor& log_var, const OptionalTensor&
       weight.defined() ? weight.const_data_ptr<double>() : nullptr,
       loss.mutable_data_ptr(),
       loss.scalar_type() == at::kDouble};
+#ifdef TD_CUDA
+  if (is_for_cuda(mean)) {
+    run_on_cuda(&cuda::gaussian_kl_forward, call, loss.numel(), cuda::gaussian_kl_workspace(loss.numel(), call.dims),
+                mean);
+    return loss;
+  }
+#endif
   const auto kernel = TD_CPU_KERNEL(gaussian_kl_forward);
   parallel_rows(loss.numel(), call.dims,
                 [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
@@ -86,7 +94,7 @@ Tensors4 gradient_buffers(const Tensor& mean, const Tensor& log_var, const Optio
           one(prior_log_var.value_or(log_var), mask[kPriorLogVar])};
 }
 
-Tensors4 backward_cpu(const Tensor& grad, const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
+Tensors4 backward_dense(const Tensor& grad, const Tensor& mean, const Tensor& log_var, const OptionalTensor& prior_mean,
                       const OptionalTensor& prior_log_var, Mask mask) {
   const auto coefficient = grad.to(at::kDouble).contiguous();
   // Of an expanded prior, empty_like_large keeps no stride 0: every row has its own gradient.
@@ -99,6 +107,12 @@ Tensors4 backward_cpu(const Tensor& grad, const Tensor& mean, const Tensor& log_
       coefficient.const_data_ptr<double>(),
       {rows(std::get<0>(out), mask[0]), rows(std::get<1>(out), mask[1]), rows(std::get<2>(out), mask[2]),
        rows(std::get<3>(out), mask[3])}};
+#ifdef TD_CUDA
+  if (is_for_cuda(mean)) {
+    run_on_cuda(&cuda::gaussian_kl_backward, call, coefficient.numel(), 0, mean);
+    return out;
+  }
+#endif
   const auto kernel = TD_CPU_KERNEL(gaussian_kl_backward);
   parallel_rows(coefficient.numel(), call.dims,
                 [&](int64_t begin, int64_t end, ForEach columns) { kernel(call, begin, end, columns); });
@@ -420,9 +434,15 @@ TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("gaussian_kl_full", gaussian_kl_full_op);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
-  m.impl("_gaussian_kl", rows_cpu);
-  m.impl("_gaussian_kl_backward", backward_cpu);
+  m.impl("_gaussian_kl", rows_dense);
+  m.impl("_gaussian_kl_backward", backward_dense);
 }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  m.impl("_gaussian_kl", rows_dense);
+  m.impl("_gaussian_kl_backward", backward_dense);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_gaussian_kl", rows_meta);
   m.impl("_gaussian_kl_backward", backward_meta);

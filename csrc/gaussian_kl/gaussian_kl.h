@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/rows.h"
 
 namespace torch_divergence {
@@ -39,6 +40,14 @@ struct GaussianKlBackward {
   const double* coefficient;
   RowsOut grad[kGaussianOperands];
 };
+
+// On CUDA: all rows, on a stream; workspace: of as many doubles as gaussian_kl_workspace() says, on the same device. A
+// weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.
+namespace cuda {
+int64_t gaussian_kl_workspace(int64_t rows, int64_t dims);
+void gaussian_kl_forward(const GaussianKlForward&, int64_t rows, double* workspace, Stream);
+void gaussian_kl_backward(const GaussianKlBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(gaussian_kl_forward, (const GaussianKlForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(gaussian_kl_backward, (const GaussianKlBackward&, int64_t begin, int64_t end, ForEach columns))

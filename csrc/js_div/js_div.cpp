@@ -1,5 +1,6 @@
 // Jensen-Shannon divergence: operators, checks, and what core/row_divergence.h needs to make them. The formulas are in
-// js_div.h, the kernels in js_div_cpu.cpp. The ends of the scaled family, beta = 0 and 1, are kl_div.
+// js_div.h, the kernels in js_div_cpu.cpp and js_div_cuda.cu. The ends of the scaled family, beta = 0 and 1, are
+// kl_div.
 #include "js_div/js_div.h"
 
 #include <ATen/core/Tensor.h>
@@ -71,6 +72,12 @@ struct JsDivOps {
   static auto backward_kernel() { return TD_CPU_KERNEL(js_div_backward); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(js_div_double_backward); }
   static auto value_and_grad_kernel() { return TD_CPU_KERNEL(js_div_value_and_grad); }
+#ifdef TD_CUDA
+  static auto cuda_kernel(const JsDivForward&) { return &cuda::js_div_forward; }
+  static auto cuda_kernel(const JsDivBackward&) { return &cuda::js_div_backward; }
+  static auto cuda_kernel(const JsDivDoubleBackward&) { return &cuda::js_div_double_backward; }
+  static int64_t cuda_workspace(int64_t rows, int64_t classes) { return cuda::js_div_workspace(rows, classes); }
+#endif
 
   static Tensors3 double_backward_composite(const OptionalTensor& v_p, const OptionalTensor& v_q, const Tensor& grad,
                                             const Tensor& p, const Tensor& q, int64_t p_space, int64_t q_space,
@@ -175,6 +182,9 @@ TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) {
   m.impl("js_div_inplace_grad", js_div_inplace_grad);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) { JsDiv::register_cpu(m); }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) { JsDiv::register_cuda(m); }
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) { JsDiv::register_meta(m); }
 TORCH_LIBRARY_IMPL(torch_divergence, Autograd, m) { JsDiv::register_autograd(m); }
 

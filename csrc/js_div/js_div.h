@@ -41,6 +41,7 @@
 #include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/exact_sum.h"
 #include "core/host_device.h"
 #include "core/row_pair.h"
@@ -55,6 +56,15 @@ struct JsDivRows : RowPair {
   bool scaled = false;
 
   TD_HOST_DEVICE double unit() const { return scaled ? 1 : beta * (1 - beta); }  // of the scaled divergence
+  // Which family of kernels serves these rows? A beta far below float's accuracy leaves float's range.
+  TD_HOST_DEVICE bool by_logits() const { return from_logits() && (p.dtype == DType::Double || beta > 1e-6); }
+};
+
+// What the gradient of the scaled divergence is multiplied by.
+struct JsWeights {
+  double p, q;
+  TD_HOST_DEVICE JsWeights(const JsDivRows& rows, double coefficient)
+      : p(coefficient * (rows.unit() / (1 - rows.beta))), q(coefficient * (rows.unit() / rows.beta)) {}
 };
 
 // S of the term q l^2 S(l) for small l: with g = 1 - b + b e^l it is (b l e^l - g log g)/(b (1 - b)), whose
@@ -119,10 +129,55 @@ struct JsDivStat {
   }
 };
 
+// Where the logarithms of a row are centred: l and the difference of the logits there.
+struct JsCentres {
+  ExactSum difference;  // where l = 0
+  double l_p, l_q;
+  ExactSum difference_p, difference_q;
+
+  TD_HOST_DEVICE JsCentres(const JsDivStat& stat, double inv_t) : difference(stat.difference()) {
+    const double p = ((stat.top_p - difference.sum) - difference.error) * inv_t,
+                 q = ((stat.top_q - difference.sum) - difference.error) * inv_t;
+    l_p = p > 0 ? p : 0, l_q = q < 0 ? q : 0;
+    difference_p = p > 0 ? ExactSum{stat.top_p, 0} : difference;
+    difference_q = q < 0 ? ExactSum{stat.top_q, 0} : difference;
+  }
+};
+// One side's logarithms around its centre: -log(own + other e^l) is the side's ratio to m, l being that of the other
+// side to it; k <= 0 is l at the centre.
+struct JsCentre {
+  double own, other, e_k, g, ratio;
+
+  TD_HOST_DEVICE JsCentre(double own_, double other_, double k)
+      : own(own_),
+        other(other_),
+        e_k(std::exp(k)),
+        g(own_ + other_ * e_k),
+        ratio(-std::log1p(other_ * std::expm1(k))) {}
+  TD_HOST_DEVICE static JsCentre of_p(double beta, double l) { return {beta, 1 - beta, -l}; }
+  TD_HOST_DEVICE static JsCentre of_q(double beta, double l) { return {1 - beta, beta, l}; }
+  // The argument of -log for the ratio less the centre's, less 1, is weight expm1(l - k) = scale (e^l - e^k).
+  TD_HOST_DEVICE double weight() const { return other * e_k / g; }
+  TD_HOST_DEVICE double scale() const { return other / g; }
+};
+// Below lse - kJsFar T a class has no mass that A can tell from 0: moved up to it, l stays finite.
+template <class A>
+inline constexpr double kJsFar = sizeof(A) == 4 ? 200 : 1600;
+// One side without mass: beyond +-kJsNone the other's share of m is 0, and the formulas are finite.
+inline constexpr double kJsNone = 800;
+
 using JsDivForward = RowPairForward<JsDivRows>;
 using JsDivBackward = RowPairBackward<JsDivRows>;
 using JsDivValueAndGrad = RowPairValueAndGrad<JsDivRows>;
 using JsDivDoubleBackward = RowPairDoubleBackward<JsDivRows>;
+
+// As those of kl_div.h.
+namespace cuda {
+int64_t js_div_workspace(int64_t rows, int64_t classes);
+void js_div_forward(const JsDivForward&, int64_t rows, double* workspace, Stream);
+void js_div_backward(const JsDivBackward&, int64_t rows, double* workspace, Stream);
+void js_div_double_backward(const JsDivDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(js_div_forward, (const JsDivForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(js_div_backward, (const JsDivBackward&, int64_t begin, int64_t end, ForEach columns))

@@ -36,12 +36,11 @@
 #include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/exact_sum.h"
 #include "core/host_device.h"
 #include "core/phi.h"
 #include "core/row_pair.h"
-
-struct CUstream_st;
 
 namespace torch_divergence {
 
@@ -226,10 +225,9 @@ using KlDivBackward = RowPairBackward<RowPair>;
 using KlDivValueAndGrad = RowPairValueAndGrad<RowPair>;
 using KlDivDoubleBackward = RowPairDoubleBackward<RowPair>;
 
-// On CUDA: all rows, on a stream (cudaStream_t). workspace: of as many doubles as kl_div_workspace() says, on the same
-// device. A weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.
+// On CUDA: all rows, on a stream. workspace: of as many doubles as kl_div_workspace() says, on the same device. A
+// weight that is negative or not finite makes its row's loss NaN: nobody waits for the device to be told.
 namespace cuda {
-using Stream = CUstream_st*;
 int64_t kl_div_workspace(int64_t rows, int64_t classes);
 void kl_div_forward(const KlDivForward&, int64_t rows, double* workspace, Stream);
 void kl_div_backward(const KlDivBackward&, int64_t rows, double* workspace, Stream);

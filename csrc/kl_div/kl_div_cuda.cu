@@ -1,441 +1,52 @@
-// CUDA kernels of KL divergence; formulas in kl_div.h, teams and rows in core/cuda_rows.cuh.
+// CUDA kernels of KL divergence; formulas in kl_div.h, rows of logits in kl_div_rows.cuh, teams and rows in
+// core/cuda_rows.cuh.
 //
 // Two families, as on the CPU. Both sides in logits: one visit of the row gives the far form and, around a centre
 // guessed from the row's first classes, the near one; a near row whose centre was a bad guess is visited again.
 // Its arithmetic on classes is in float (double for double), with compensated sums; only what a team's threads leave is
 // merged in double. Everything else, and the double backward: the plain formulas in double, which nothing less makes as
 // accurate where P and Q are near each other or P has its mass on one class.
-#include <c10/util/Exception.h>
-
 #include <limits>
 
 #include "core/cuda_launch.cuh"
-#include "core/cuda_rows.cuh"
-#include "kl_div/kl_div.h"
+#include "kl_div/kl_div_rows.cuh"
 
 namespace torch_divergence::cuda {
 namespace {
 
-template <class T>
-using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// 1/T as the arithmetic has it, wherever T scales: see the CPU kernels.
-template <class A>
-__device__ double inverse_temperature(double t) {
-  return static_cast<double>(static_cast<A>(1 / t));
-}
-
-// Blocks that a multiprocessor's registers must have room for. Without a number ptxas spills double's to make it two.
-template <class T>
-inline constexpr int kBlocks = std::is_same_v<T, double> ? 1 : 2;
-
-template <class A>
-__device__ A phi_small(A u) {
-  return u * u * phi_over_square<A>(u, [](A a, A b, A c) { return std::fma(a, b, c); });
-}
-
-// A row's weight; NaN where it is none.
-__device__ double weight_of(const double* weight, int64_t row) {
-  if (weight == nullptr) return 1;
-  const double w = weight[row];
-  return w >= 0 && std::isfinite(w) ? w : std::numeric_limits<double>::quiet_NaN();
-}
+constexpr int kReductions = 2;
 
 __device__ void store_row(const KlDivForward& k, int64_t row, double weight, const KlDivStat& stat) {
   stat.store(k.stat + KlDivStat::kSize * row);
-  const double loss = weight != 0 ? weight * stat.kl : 0;
-  if (k.loss_is_double) {
-    static_cast<double*>(k.loss)[row] = loss;
-  } else {
-    static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
-  }
-}
-
-template <class T>
-__device__ void store_zeros(const RowTask& task, const RowPointer<char>& row, const Pieces& pieces) {
-  if (row.data == nullptr) return;
-  const Arithmetic<T> zeros[kPiece<T>] = {};
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) { store_piece(row, pieces, piece, zeros); });
-}
-
-// What a team adds up.
-template <int N>
-struct Sums {
-  double x[N] = {};
-
-  __device__ static Sums load(const double* from) {
-    Sums sums;
-    for (int n = 0; n < N; ++n) sums.x[n] = from[n];
-    return sums;
-  }
-  __device__ void store(double* to) const {
-    for (int n = 0; n < N; ++n) to[n] = x[n];
-  }
-};
-template <int N>
-__device__ Sums<N> merged(const Team& team, Sums<N> sums) {
-  team.sum(sums.x);
-  return sums;
+  store_loss(k, row, weight != 0 ? weight * stat.kl : 0);
 }
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
-// A row's sums, as a segment leaves them.
-struct RowVisit : KlDivVisit<double> {
-  __device__ static RowVisit load(const double* x) {
-    RowVisit v;
-    v.max_p = x[0], v.max_q = x[1], v.sum_p = x[2], v.sum_q = x[3], v.shift = x[4], v.phi = x[5];
-    v.infinite = x[6] != 0;
-    return v;
-  }
-  __device__ void store(double* x) const {
-    x[0] = max_p, x[1] = max_q, x[2] = sum_p, x[3] = sum_q, x[4] = shift, x[5] = phi, x[6] = infinite ? 1 : 0;
-  }
-};
-
-// What a visit starts from: a centre, and about where the maxima are.
-struct Start {
-  double centre, centre_lo, max_p, max_q;
-};
-
-// A thread's sums, and those of one piece.
-template <class A>
-class ThreadVisit {
- public:
-  KlDivVisit<A, Sum<A>> sums;
-
-  __device__ ThreadVisit(const Start& start, double inv_t)
-      : centre_(start.centre, start.centre_lo),
-        rough_centre_(start.centre),
-        inv_t_(inv_t),
-        above_(static_cast<A>(sums.kAbove / inv_t)),
-        scale_(static_cast<A>(inv_t)),
-        exp_(inv_t) {
-    sums.max_p = static_cast<A>(start.max_p), sums.max_q = static_cast<A>(start.max_q);
-    q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
-  }
-
-  template <int K>
-  __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
-    A top_p = t[0], top_q = s[0];
-#pragma unroll
-    for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
-    if (top_p > sums.max_p + above_ || top_q > sums.max_q + above_) {
-      sums.raise(top_p, top_q, rough_centre_, inv_t_);
-      q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
-    }
-    PieceSums piece;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const A x = exp_.near(t[k] - sums.max_p), y = exp_.near(s[k] - sums.max_q);
-      piece.p += x, piece.q += y;
-      add_near(piece, t[k], s[k], x, y);
-    }
-    if (!std::isfinite(piece.p + piece.q + piece.shift + piece.phi)) piece = masked(t, s);
-    sums.sum_p.add(piece.p), sums.sum_q.add(piece.q), sums.shift.add(piece.shift), sums.phi.add(piece.phi);
-  }
-
- private:
-  struct PieceSums {
-    A p = 0, q = 0, shift = 0, phi = 0;
-  };
-
-  __device__ __forceinline__ void add_near(PieceSums& piece, A t, A s, A x, A y) const {
-    const A u = difference_minus(t, s, centre_) * scale_, x_u = x * u;
-    piece.shift += x_u;
-    piece.phi += std::fabs(u) < A(0.5) ? x * phi_small(u) : std::fma(y, q_to_p_, x_u - x);
-  }
-  // The sums of classes among which there are infinities or NaN.
-  template <int K>
-  __device__ __forceinline__ PieceSums masked(const A (&t)[K], const A (&s)[K]) {
-    PieceSums piece;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const A x = t[k] == -kInf<A> ? 0 : exp_(t[k] - sums.max_p), y = s[k] == -kInf<A> ? 0 : exp_(s[k] - sums.max_q);
-      piece.p += x, piece.q += y;
-      if (s[k] == -kInf<A>) {
-        sums.infinite = sums.infinite || t[k] > -kInf<A>;
-      } else if (x == 0) {
-        piece.phi += y * q_to_p_;
-      } else {
-        add_near(piece, t[k], s[k], x, y);
-      }
-    }
-    return piece;
-  }
-
-  Split<A> centre_;
-  double rough_centre_, inv_t_;
-  A above_, scale_, q_to_p_;
-  Exp<A> exp_;
-};
-
-__device__ double value_of(double x) { return x; }
-template <class A>
-__device__ double value_of(const Sum<A>& x) {
-  return x.value();
-}
-
-template <class Visit>
-__device__ RowVisit merged(const Team& team, Visit visit, double centre, double inv_t) {
-  decltype(visit.max_p) top[2] = {visit.max_p, visit.max_q};
-  team.max(top);
-  visit.raise(top[0], top[1], centre, inv_t);
-  double sums[5] = {value_of(visit.sum_p), value_of(visit.sum_q), value_of(visit.shift), value_of(visit.phi),
-                    visit.infinite ? 1.0 : 0.0};
-  team.sum(sums);
-  RowVisit whole;
-  whole.max_p = top[0], whole.max_q = top[1];
-  whole.sum_p = sums[0], whole.sum_q = sums[1], whole.shift = sums[2], whole.phi = sums[3];
-  whole.infinite = sums[4] != 0;
-  return whole;
-}
-
-// Two rows of logits.
-template <class TP, class TQ>
-struct LogitRows {
-  static_assert(kPiece<TP> == kPiece<TQ> && kRun<TP> == kRun<TQ>);
-  using A = Arithmetic<TP>;
-  static constexpr int K = kPiece<TP>;
-  RowPointer<const char> p, q;
-
-  __device__ void load(const Pieces& pieces, const Piece<TP>& piece, A (&t)[K], A (&s)[K]) const {
-    load_piece(p, pieces, piece, -kInf<A>, t);
-    load_piece(q, pieces, Piece<TQ>{piece.first, piece.gap}, -kInf<A>, s);
-  }
-
-  // From the row's first classes, one piece a thread: the maxima, and E_p[t - s] as the centre.
-  __device__ Start guess(const Team& team, const Pieces& pieces, double inv_t) const {
-    A t[K], s[K], top[2] = {-kInf<A>, -kInf<A>};
-    load(pieces, pieces.piece<TP>(team.rank, team.size), t, s);
-    for (int k = 0; k < K; ++k) top[0] = t[k] > top[0] ? t[k] : top[0], top[1] = s[k] > top[1] ? s[k] : top[1];
-    team.max(top);
-    const Exp<A> exp(inv_t);
-    A mass = 0, mean = 0;
-    for (int k = 0; k < K; ++k)
-      if (s[k] > -kInf<A> && t[k] > -kInf<A>) {
-        const A x = exp(t[k] - top[0]);
-        mass += x, mean += x * (t[k] - s[k]);
-      }
-    double sums[2] = {static_cast<double>(mass), static_cast<double>(mean)};
-    team.sum(sums);
-    const A centre = static_cast<A>(sums[1] / sums[0]);
-    return {std::isfinite(centre) ? static_cast<double>(centre) : 0, 0, static_cast<double>(top[0]),
-            static_cast<double>(top[1])};
-  }
-
-  // Sums over the row, as reduction `number` of the task.
-  __device__ bool visit(const RowTask& task, int number, const Pieces& pieces, const Start& start, double inv_t,
-                        RowVisit& whole) const {
-    return task.reduce(
-        number, whole,
-        [&] {
-          ThreadVisit<A> visit(start, inv_t);
-          task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-            A t[K], s[K];
-            load(pieces, piece, t, s);
-            visit.add(t, s);
-          });
-          return visit.sums;
-        },
-        [&](const auto& part) { return merged(task.team, part, start.centre, inv_t); });
-  }
-};
-
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     forward_logits(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
-  using Rows = LogitRows<TP, TQ>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
   const double weight = weight_of(k.weight, task.row);
   KlDivStat stat{};
   if (weight != 0) {
-    Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+    LogitRows<TP, TQ> rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
-    const double inv_t = inverse_temperature<typename Rows::A>(k.rows.temperature), t = 1 / inv_t;
-    const Start start = rows.guess(task.team, pieces, inv_t);
-    RowVisit visit;
-    if (!rows.visit(task, 0, pieces, start, inv_t, visit)) return;
-    if (!visit.finish(start.centre, 0, t, stat)) {
-      const Start again{stat.mean, stat.mean_lo, visit.max_p, visit.max_q};
-      if (!rows.visit(task, 1, pieces, again, inv_t, visit)) return;
-      visit.finish(again.centre, again.centre_lo, t, stat);
-    }
+    const double inv_t = inverse_temperature<Arithmetic<TP>>(k.rows.temperature);
+    if (!kl_of_logits(task, 0, rows, pieces, inv_t, stat)) return;
   }
   if (task.writes()) store_row(k, task.row, weight, stat);
-}
-
-// The class with more than half of P's mass, and the sums of the other classes' gradients.
-struct Peak {
-  double at = -1;
-  double others_p = 0, others_q = 0;
-
-  __device__ static Peak load(const double* x) { return {x[0], x[1], x[2]}; }
-  __device__ void store(double* x) const { x[0] = at, x[1] = others_p, x[2] = others_q; }
-};
-__device__ Peak merged(const Team& team, const Peak& part) {
-  double at[1] = {part.at}, others[2] = {part.others_p, part.others_q};
-  team.max(at);
-  team.sum(others);
-  return {at[0], others[0], others[1]};
 }
 
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     backward_logits(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
-  using Rows = LogitRows<TP, TQ>;
-  using A = typename Rows::A;
-  constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    if (!task.first_launch()) return;
-    store_zeros<TP>(task, grad_p, pieces);
-    store_zeros<TQ>(task, grad_q, pieces);
-    return;
-  }
-  auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
-  const double inv = inverse_temperature<A>(k.rows.temperature);
-  const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
-             infinite = std::isinf(stat.kl);
-  const Exp<A> exp(inv);
-  const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
-  // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
-  // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
-  if (want_p && !near && !infinite) {
-    const Split<A> centre(stat.mean, stat.mean_lo);
-    Sums<1> error;
-    const auto part_error = [&] {
-      Sum<A> sum;
-      task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-        A t[K], s[K], part = 0;
-        rows.load(pieces, piece, t, s);
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          const A x = exp(t[i] - lse_p.hi);  // without its factor: an error's digits are not needed
-          part += x == 0 ? 0 : x * difference_minus(t[i], s[i], centre);
-        }
-        sum.add(part);
-      });
-      return Sums<1>{{sum.value()}};
-    };
-    if (!task.reduce(0, error, part_error, [&](const auto& x) { return merged(task.team, x); })) return;
-    stat.set_mean(stat.mean, stat.mean_lo + error.x[0]);
-  }
-  Peak peak;
-  const auto part = [&] {
-    const Split<A> centre(stat.mean, stat.mean_lo);
-    const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
-            factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
-            c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
-    int64_t at = -1;
-    Sum<A> others_p, others_q;
-    task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-      A t[K], s[K], x[K], u[K];
-      rows.load(pieces, piece, t, s);
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-        x[i] = exp(t[i] - lse_p.hi) * factor_p;
-        u[i] = difference_minus(t[i], s[i], centre) * inv_t;
-        if (x[i] > A(0.5)) at = piece.at(i);
-      }
-      A g[K], others = 0;
-      if (want_p) {
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * u[i];
-          others += x[i] > A(0.5) ? 0 : g[i];
-        }
-        others_p.add(others);
-        store_piece(grad_p, pieces, piece, g);
-      }
-      if (want_q) {
-        others = 0;
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          const A v = u[i] + kl;
-          g[i] =
-              c * (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v) : exp(s[i] - lse_q.hi) * factor_q - x[i]);
-          others += x[i] > A(0.5) ? 0 : g[i];
-        }
-        others_q.add(others);
-        store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g);
-      }
-    });
-    return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
-  };
-  if (!task.reduce(1, peak, part, [&](const Peak& x) { return merged(task.team, x); })) return;
-  if (peak.at < 0) return;
-  __syncwarp();  // a team that is one warp has met no barrier since the class was written
-  if (!task.writes()) return;
-  const auto at = static_cast<int64_t>(peak.at);
-  if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-peak.others_p));
-  if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-peak.others_q));
+  if (task.valid()) kl_gradients<TP, TQ>(task, k, k.stat + KlDivStat::kSize * task.row);
 }
 
 // -- Any space ------------------------------------------------------------------------------------------------------
-
-// T logsumexp(x/T) of a row.
-struct Lse {
-  double max = -std::numeric_limits<double>::infinity(), sum = 0;
-
-  __device__ static Lse load(const double* x) { return {x[0], x[1]}; }
-  __device__ void store(double* x) const { x[0] = max, x[1] = sum; }
-  // What it rounds off goes into lo.
-  __device__ double finish(double t, double& lo) const {
-    if (!(sum > 0)) return std::numeric_limits<double>::quiet_NaN();
-    const ExactSum exact = two_sum(max, t * std::log(sum));
-    lo = exact.error;
-    return exact.sum;
-  }
-};
-__device__ Lse merged(const Team& team, const Lse& part, double inv_t) {
-  double top[1] = {part.max};
-  team.max(top);
-  double sum[1] = {part.sum};
-  if (part.max != top[0]) sum[0] *= std::exp((part.max - top[0]) * inv_t);
-  team.sum(sum);
-  return {top[0], sum[0]};
-}
-
-// One side's probability and log-probability, whatever it is given in. Padding has p = q = 0.
-struct Side {
-  int space;
-  double inv_t, lse, log_lo, factor, padding;
-
-  __device__ Side(int space_, double inv_t_, double lse_, double lse_lo)
-      : space(space_),
-        inv_t(inv_t_),
-        lse(lse_),
-        log_lo(lse_lo * inv_t_),
-        factor(std::exp(-log_lo)),
-        padding(space_ == kProbs ? 0 : -kInf<double>) {}
-  __device__ void read(double v, double& prob, double& log_prob) const {
-    if (space == kProbs) {
-      prob = v, log_prob = std::log(v);
-    } else if (space == kLogits) {
-      const double above = (v - lse) * inv_t;
-      log_prob = above - log_lo, prob = std::exp(above) * factor;
-    } else {
-      log_prob = v, prob = std::exp(v);
-    }
-  }
-};
-
-// log p - log q; near each other from the exact p - q, as the difference of two logarithms has no digits left there.
-__device__ double log_ratio(bool both_probs, double p, double q, double log_p, double log_q) {
-  if (!both_probs) return log_p - log_q;
-  if (p < 0 || q < 0) return std::numeric_limits<double>::quiet_NaN();
-  const double relative = (p - q) / q, ratio = p / q;
-  if (std::fabs(relative) < 0.5) return std::log1p(relative);
-  constexpr double kBig = 1e30;
-  return ratio > 1 / kBig && ratio < kBig ? std::log(ratio) : log_p - log_q;
-}
 
 // Gradient of KL with respect to each side's entries, before the row's coefficient. l_kl = l - KL.
 __device__ double gradient_p(const Side& side, bool infinite, double p, double l, double l_kl) {
@@ -449,35 +60,10 @@ __device__ double gradient_q(const Side& side, double mass, double p, double q) 
   return p == 0 ? 0 : -p / q;
 }
 
-// Both rows, by class: T is AnyFloat or double.
-template <class T>
-struct AnyRows {
-  static constexpr int K = kPiece<T>;
-  RowPointer<const char> p, q;
-
-  // f(p, q, log p, log q, log p - log q, k) for the classes of a piece.
-  template <class F>
-  __device__ void for_classes(const Pieces& pieces, const Piece<T>& piece, const Side& p_side, const Side& q_side,
-                              const F& f) const {
-    double t[K], s[K];
-    load_piece(p, pieces, piece, p_side.padding, t);
-    load_piece(q, pieces, piece, q_side.padding, s);
-    const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      double x, log_x, y, log_y;
-      p_side.read(t[k], x, log_x);
-      q_side.read(s[k], y, log_y);
-      f(x, y, log_x, log_y, log_ratio(both_probs, x, y, log_x, log_y), k);
-    }
-  }
-};
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
-  constexpr int K = Rows::K;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
   const double weight = weight_of(k.weight, task.row);
@@ -490,24 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       RowPointer<const char> logits = rows.q;  // assigned: a reference to either would have to be in memory
       if (k.rows.p_space == kLogits) logits = rows.p;
       Lse lse;
-      const auto part = [&] {
-        const Exp<double> exp(inv);
-        double max = -kInf<double>;
-        Sum<double> sum;
-        task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-          double v[K];
-          load_piece(logits, pieces, piece, -kInf<double>, v);
-          double top = max;
-#pragma unroll
-          for (int i = 0; i < K; ++i) top = v[i] > top ? v[i] : top;
-          if (top > max) sum *= exp(max - top), max = top;
-          double part_sum = 0;
-#pragma unroll
-          for (int i = 0; i < K; ++i) part_sum += v[i] == -kInf<double> ? 0 : exp(v[i] - max);
-          sum.add(part_sum);
-        });
-        return Lse{max, sum.value()};
-      };
+      const auto part = [&] { return lse_of_pieces<T>(task, pieces, logits, inv); };
       if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
       const double value = lse.finish(1 / inv, stat.mean_lo);
       (k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q) = value;
@@ -687,34 +256,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// -- Launchers ------------------------------------------------------------------------------------------------------
-
-constexpr int kReductions = 2;
-
-template <class Call>
-void launch_rows(void (*kernel)(Call, RowGrid, double*, int), const Call& call, int64_t rows, double* workspace,
-                 Stream stream, int reductions = kReductions) {
-  if (rows == 0) return;
-  const RowGrid grid(rows, call.rows.classes);
-  const int64_t blocks = grid.blocks();
-  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "torch_divergence: ", rows, " rows are more than CUDA's grid");
-  const int launches = grid.segments == 1 ? 1 : reductions + 1;
-  for (int launch = 0; launch < launches; ++launch)
-    TD_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, call, grid, workspace, launch);
-}
-
-// f.template operator()<TP, TQ>(): types that are equal are known when the kernel is compiled, other pairs when it
-// runs.
-template <class F>
-void dispatch_types(const RowPair& rows, const F& f) {
-  const DType type = rows.p.dtype;
-  if (type == DType::Double) return f.template operator()<double, double>();
-  if (type != rows.q.dtype) return f.template operator()<AnyFloat, AnyFloat>();
-  if (type == DType::Half) return f.template operator()<c10::Half, c10::Half>();
-  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16, c10::BFloat16>();
-  return f.template operator()<float, float>();
-}
-
 }  // namespace
 
 int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kReductions); }
@@ -722,22 +263,24 @@ int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, c
 void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return launch_rows(k.rows.p.dtype == DType::Double ? &forward_any<double> : &forward_any<AnyFloat>, k, rows,
-                       workspace, stream);
-  dispatch_types(k.rows,
-                 [&]<class TP, class TQ>() { launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream); });
+                       workspace, stream, kReductions);
+  dispatch_types(k.rows, [&]<class TP, class TQ>() {
+    launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
+  });
 }
 
 void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return launch_rows(k.rows.p.dtype == DType::Double ? &backward_any<double> : &backward_any<AnyFloat>, k, rows,
                        workspace, stream, 0);
-  dispatch_types(k.rows,
-                 [&]<class TP, class TQ>() { launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream); });
+  dispatch_types(k.rows, [&]<class TP, class TQ>() {
+    launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
+  });
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
   launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream);
+              workspace, stream, kReductions);
 }
 
 }  // namespace torch_divergence::cuda

@@ -1,5 +1,5 @@
 // KL divergence from a top-k teacher: operators, checks and autograd. The formulas are in kl_div_topk.h, the kernels in
-// kl_div_topk_cpu.cpp.
+// kl_div_topk_cpu.cpp and kl_div_topk_cuda.cu.
 #include "kl_div_topk/kl_div_topk.h"
 
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,7 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -20,6 +21,7 @@
 #include <string_view>
 #include <unordered_set>
 
+#include "core/cuda_tensors.h"
 #include "core/row_divergence.h"
 
 namespace torch_divergence {
@@ -70,7 +72,7 @@ Tensors4 call_double_backward(const OptionalTensor& v_input, const OptionalTenso
                  o.reverse, o.temperature, mask);
 }
 
-// -- CPU --------------------------------------------------------------------------------------------------------------
+// -- CPU and CUDA -----------------------------------------------------------------------------------------------------
 
 const double* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 Tensor double_or_undefined(const OptionalTensor& t) { return t.has_value() ? contiguous_double(*t) : Tensor(); }
@@ -78,9 +80,11 @@ Tensor double_or_undefined(const OptionalTensor& t) { return t.has_value() ? con
 // The teacher as the kernels read it: k-sized copies, contiguous, in double.
 struct Teacher {
   Tensor indices, log_probs, tail_log_prob;
+  Tensor places;  // of what is sorted, in the rows as they were given
   double rounding;
 
-  Teacher(const Tensor& indices_, const Tensor& log_probs_, const OptionalTensor& tail_log_prob_)
+  // `sorted`: the classes of a row in ascending order, padding last.
+  Teacher(const Tensor& indices_, const Tensor& log_probs_, const OptionalTensor& tail_log_prob_, bool sorted = false)
       : indices(indices_.contiguous()),
         log_probs(contiguous_double(log_probs_)),
         tail_log_prob(double_or_undefined(tail_log_prob_)) {
@@ -94,6 +98,15 @@ struct Teacher {
       default:
         rounding = 0;  // far below kMassTolerance
     }
+    if (!sorted) return;
+    const auto padding_last = at::where(log_probs == kMinusInf, std::numeric_limits<int64_t>::max(), indices);
+    std::tie(indices, places) = at::sort(padding_last, -1, false);
+    log_probs = sorted_like(log_probs);
+  }
+  // From the order as given to that of the kernels, and back.
+  Tensor sorted_like(const Tensor& t) const { return places.defined() && t.defined() ? t.gather(-1, places) : t; }
+  Tensor given_like(const Tensor& t) const {
+    return places.defined() && t.defined() ? at::empty_like(t).scatter_(-1, places, t) : t;
   }
   TopkRows rows(const Tensor& input, const Options& o) const {
     TopkRows rows;
@@ -142,6 +155,22 @@ void run(void (*kernel)(const Call&, int64_t, int64_t, ForEach, int64_t*), const
   if (first_bad != kNone) refuse(call.rows, first_bad);
 }
 
+#ifdef TD_CUDA
+auto cuda_kernel(const TopkForward&) { return &cuda::kl_div_topk_forward; }
+auto cuda_kernel(const TopkBackward&) { return &cuda::kl_div_topk_backward; }
+auto cuda_kernel(const TopkDoubleBackward&) { return &cuda::kl_div_topk_double_backward; }
+#endif
+
+// The same on the device of input.
+template <class Kernel, class Call>
+void run(Kernel kernel, const Call& call, int64_t rows, [[maybe_unused]] const Tensor& input) {
+#ifdef TD_CUDA
+  if (is_for_cuda(input))
+    return run_on_cuda(cuda_kernel(call), call, rows, cuda::kl_div_topk_workspace(rows, call.rows.classes), input);
+#endif
+  run(kernel, call, rows);
+}
+
 // A k-sized output of the kernels, in double.
 Tensor double_output(bool wanted, const Tensor& like) {
   return wanted ? at::empty(like.sizes(), like.options().dtype(at::kDouble)) : Tensor();
@@ -151,24 +180,24 @@ Tensor output_as(const Tensor& output, const Tensor& like) {
   return output.defined() ? output.to(like.scalar_type()) : nothing_like(like);
 }
 
-Tensors2 rows_cpu(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
-                  const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space, int64_t tail,
-                  bool reverse, double temperature) {
+Tensors2 rows_dense(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                    const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space, int64_t tail,
+                    bool reverse, double temperature) {
   const auto weight = checked_weight(kName, row_weight);
   auto loss = at::empty(input.sizes().slice(0, input.dim() - 1), input.options().dtype(loss_dtype(input, log_probs)));
   at::DimVector stat_sizes(input.sizes());
   stat_sizes.back() = TopkStat::kSize;
   auto stat = at::empty(stat_sizes, input.options().dtype(at::kDouble));
-  const Teacher teacher(indices, log_probs, tail_log_prob);
+  const Teacher teacher(indices, log_probs, tail_log_prob, is_for_cuda(input));
   const TopkForward call{teacher.rows(input, {space, tail, reverse, temperature}), data_or_null(weight),
                          loss.mutable_data_ptr(), loss.scalar_type() == at::kDouble, stat.mutable_data_ptr<double>()};
-  run(TD_CPU_KERNEL(kl_div_topk_forward), call, loss.numel());
+  run(TD_CPU_KERNEL(kl_div_topk_forward), call, loss.numel(), input);
   return {std::move(loss), std::move(stat)};
 }
 
-Tensors3 backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& indices, const Tensor& log_probs,
-                      const Tensor& stat, const OptionalTensor& tail_log_prob, int64_t space, int64_t tail,
-                      bool reverse, double temperature, Mask3 mask) {
+Tensors3 backward_dense(const Tensor& grad, const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                        const Tensor& stat, const OptionalTensor& tail_log_prob, int64_t space, int64_t tail,
+                        bool reverse, double temperature, Mask3 mask) {
   const Tensor& given_tail = tail_log_prob.has_value() ? *tail_log_prob : grad;
   const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
   auto grad_input = mask[0] ? empty_like_large(input) : nothing_like(input);
@@ -180,23 +209,23 @@ Tensors3 backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& ind
                           mask[0] ? rows_out(grad_input) : RowsOut{},
                           output_or_null(grad_log_probs),
                           output_or_null(grad_tail)};
-  if (mask[0] || mask[1] || mask[2]) run(TD_CPU_KERNEL(kl_div_topk_backward), call, coefficient.numel());
+  if (mask[0] || mask[1] || mask[2]) run(TD_CPU_KERNEL(kl_div_topk_backward), call, coefficient.numel(), input);
   return {std::move(grad_input), output_as(grad_log_probs, log_probs), output_as(grad_tail, given_tail)};
 }
 
-Tensors4 double_backward_cpu(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
-                             const OptionalTensor& v_tail, const Tensor& grad, const Tensor& input,
-                             const Tensor& indices, const Tensor& log_probs, const Tensor& stat,
-                             const OptionalTensor& tail_log_prob, int64_t space, int64_t tail, bool reverse,
-                             double temperature, Mask4 mask) {
+Tensors4 double_backward_dense(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
+                               const OptionalTensor& v_tail, const Tensor& grad, const Tensor& input,
+                               const Tensor& indices, const Tensor& log_probs, const Tensor& stat,
+                               const OptionalTensor& tail_log_prob, int64_t space, int64_t tail, bool reverse,
+                               double temperature, Mask4 mask) {
   const Tensor& given_tail = tail_log_prob.has_value() ? *tail_log_prob : grad;
   const auto coefficient = contiguous_double(grad), statistics = stat.contiguous();
   const auto v = v_input.has_value() ? v_input->to(input.scalar_type()) : Tensor();
-  const auto v_k = double_or_undefined(v_log_probs), v_t = double_or_undefined(v_tail);
+  const Teacher teacher(indices, log_probs, tail_log_prob, is_for_cuda(input));
+  const auto v_k = teacher.sorted_like(double_or_undefined(v_log_probs)), v_t = double_or_undefined(v_tail);
   auto d_input = mask[1] ? empty_like_large(input) : nothing_like(input);
   const auto d_coefficient = double_output(mask[0], grad), d_log_probs = double_output(mask[2], log_probs),
              d_tail = double_output(mask[3], given_tail);
-  const Teacher teacher(indices, log_probs, tail_log_prob);
   const TopkDoubleBackward call{teacher.rows(input, {space, tail, reverse, temperature}),
                                 v.defined() ? rows_in(v) : RowsIn{},
                                 data_or_null(v_k),
@@ -207,8 +236,8 @@ Tensors4 double_backward_cpu(const OptionalTensor& v_input, const OptionalTensor
                                 mask[1] ? rows_out(d_input) : RowsOut{},
                                 output_or_null(d_log_probs),
                                 output_or_null(d_tail)};
-  run(TD_CPU_KERNEL(kl_div_topk_double_backward), call, coefficient.numel());
-  return {output_as(d_coefficient, grad), std::move(d_input), output_as(d_log_probs, log_probs),
+  run(TD_CPU_KERNEL(kl_div_topk_double_backward), call, coefficient.numel(), input);
+  return {output_as(d_coefficient, grad), std::move(d_input), output_as(teacher.given_like(d_log_probs), log_probs),
           output_as(d_tail, given_tail)};
 }
 
@@ -614,10 +643,17 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { m.impl("kl_div_topk", kl_div_topk); }
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { m.impl("kl_div_topk", kl_div_topk); }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
-  m.impl("_kl_div_topk", rows_cpu);
-  m.impl("_kl_div_topk_backward", backward_cpu);
-  m.impl("_kl_div_topk_double_backward", double_backward_cpu);
+  m.impl("_kl_div_topk", rows_dense);
+  m.impl("_kl_div_topk_backward", backward_dense);
+  m.impl("_kl_div_topk_double_backward", double_backward_dense);
 }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  m.impl("_kl_div_topk", rows_dense);
+  m.impl("_kl_div_topk_backward", backward_dense);
+  m.impl("_kl_div_topk_double_backward", double_backward_dense);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_kl_div_topk", rows_meta);
   m.impl("_kl_div_topk_backward", backward_meta);

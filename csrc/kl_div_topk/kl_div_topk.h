@@ -48,6 +48,7 @@
 #include <limits>
 
 #include "core/cpu_dispatch.h"
+#include "core/cuda_stream.h"
 #include "core/host_device.h"
 #include "core/rows.h"
 
@@ -154,6 +155,16 @@ struct TopkDoubleBackward {
   double* d_log_probs;
   double* d_tail;
 };
+
+// On CUDA: all rows, on a stream; workspace: of as many doubles as kl_div_topk_workspace() says, on the same device. For
+// forward and double_backward the indices of a row ascend, its padding last. A row that is refused is a device-side
+// assertion, a weight that is negative or not finite makes its row's loss NaN.
+namespace cuda {
+int64_t kl_div_topk_workspace(int64_t rows, int64_t classes);
+void kl_div_topk_forward(const TopkForward&, int64_t rows, double* workspace, Stream);
+void kl_div_topk_backward(const TopkBackward&, int64_t rows, double* workspace, Stream);
+void kl_div_topk_double_backward(const TopkDoubleBackward&, int64_t rows, double* workspace, Stream);
+}  // namespace cuda
 
 TD_DECLARE_CPU_KERNEL(kl_div_topk_forward,
                       (const TopkForward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))

@@ -131,6 +131,15 @@ Tensors2 potentials_cpu(const Tensor& rows, const Tensor& cols, const Tensor& c,
   return {std::move(f), std::move(g)};
 }
 
+// On CUDA: trees are walked from the root, which is nothing for a GPU, and only derivatives beyond the first do it.
+Tensor flow_by_cpu(const Tensor& rows, const Tensor& cols, const Tensor& a, const Tensor& b) {
+  return flow_cpu(rows.cpu(), cols.cpu(), a.cpu(), b.cpu()).to(a.device());
+}
+Tensors2 potentials_by_cpu(const Tensor& rows, const Tensor& cols, const Tensor& c, int64_t n, int64_t m) {
+  auto [f, g] = potentials_cpu(rows.cpu(), cols.cpu(), c.cpu(), n, m);
+  return {f.to(c.device()), g.to(c.device())};
+}
+
 Tensor flow_meta(const Tensor& rows, const Tensor& /*cols*/, const Tensor& a, const Tensor& /*b*/) {
   return at::empty_symint(rows.sym_sizes(), a.options());
 }
@@ -230,6 +239,10 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   m.impl("_transport_flow", flow_cpu);
   m.impl("_transport_potentials", potentials_cpu);
+}
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  m.impl("_transport_flow", flow_by_cpu);
+  m.impl("_transport_potentials", potentials_by_cpu);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_transport_flow", flow_meta);

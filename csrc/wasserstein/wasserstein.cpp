@@ -88,6 +88,8 @@ Tensor points_at(const Tensor& points, const Tensor& indices) {
 Tensor wasserstein(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b, double p) {
   const auto clouds = checked_point_clouds(kName, x, y, a, b);
   check_power(kName, p);
+  TORCH_CHECK_VALUE(x.is_cpu() || x.is_meta(), kName, ": x is on ", x.device(),
+                    ", expected the CPU, where the network simplex runs; move the points there");
   const auto [rows, cols] = tree_of(clouds.x, clouds.y, clouds.a, clouds.b, p);
   const auto square =
       (points_at(clouds.x.to(at::kDouble), rows) - points_at(clouds.y.to(at::kDouble), cols)).square().sum(-1);

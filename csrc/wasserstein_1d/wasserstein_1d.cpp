@@ -1,4 +1,5 @@
-// Wasserstein distance on the line: operators, checks, autograd. The sweep is in wasserstein_1d.h.
+// Wasserstein distance on the line: operators, checks, autograd. The sweep is in wasserstein_1d.h, the CUDA kernels in
+// wasserstein_1d_cuda.cu.
 //
 //   wasserstein_1d               checks, sorting, reduction
 //   _wasserstein_1d              rows of loss from sorted rows           (differentiable: Wasserstein1d)
@@ -17,7 +18,9 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -25,6 +28,7 @@
 
 #include "core/apply.h"
 #include "core/checks.h"
+#include "core/cuda_tensors.h"
 #include "core/op.h"
 #include "core/reduction.h"
 #include "core/row_layout.h"
@@ -67,7 +71,7 @@ Tensors2 tree_of(const Tensor& u, const Tensor& v, const OptionalTensor& a, cons
   return op.call(u, v, a, b, u_first);
 }
 
-// -- CPU ------------------------------------------------------------------------------------------------------------
+// -- Both sides of a row --------------------------------------------------------------------------------------------
 
 // Rows (..., N) of positions and of weights, or none.
 template <class T>
@@ -96,7 +100,121 @@ void for_rows(int64_t rows, int64_t entries, const Body& body) {
   at::parallel_for(0, rows, std::max<int64_t>(1, (int64_t{1} << 14) / entries), body);
 }
 
-Tensor rows_cpu(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, double p) {
+// -- CUDA -----------------------------------------------------------------------------------------------------------
+
+Tensor empty_if(bool wanted, const Tensor& like) {
+  return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
+}
+
+Tensors2 empty_tree(const Tensor& u, const Tensor& v) {
+  c10::SymDimVector sizes(u.sym_sizes().begin(), u.sym_sizes().end());
+  sizes.back() = u.sym_size(-1) + v.sym_size(-1) - 1;
+  const auto options = u.options().dtype(at::kLong);
+  return {at::empty_symint(sizes, options), at::empty_symint(sizes, options)};
+}
+
+#ifdef TD_CUDA
+// Running sums of each row, in double; of weights, which are checked, or of numbers.
+Tensor running_sums(const Tensor& values, bool weights) {
+  auto sums = at::empty(values.sizes(), values.options().dtype(at::kDouble));
+  run_on_cuda(
+      [&](const RowsIn& rows, int64_t count, double*, cuda::Stream stream) {
+        cuda::running_sums(rows, values.size(-1), weights, sums.mutable_data_ptr<double>(), count, stream);
+      },
+      rows_in(values), row_count(values), 0, values);
+  return sums;
+}
+
+// Both sides as the kernels take them.
+class CudaLines {
+ public:
+  CudaLines(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, double p)
+      : u_{u, a.has_value() ? running_sums(*a, true) : Tensor()},
+        v_{v, b.has_value() ? running_sums(*b, true) : Tensor()},
+        p_(p),
+        uniform_(!a.has_value() && !b.has_value()) {}
+
+  LineRows with_own(bool u) const {
+    const auto dtype = u_.positions.scalar_type();
+    const double epsilon = dtype == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                : static_cast<double>(std::numeric_limits<float>::epsilon());
+    const SortedRows of_u = u_.rows(), of_v = v_.rows();
+    return {u ? of_u : of_v, u ? of_v : of_u, p_, uniform_ ? 0 : rounding_of_masses(of_u.size + of_v.size, epsilon),
+            mass_tolerance(dtype)};
+  }
+
+ private:
+  struct Side {
+    Tensor positions, cumulative;
+    SortedRows rows() const {
+      return {rows_in(positions), cumulative.defined() ? cumulative.const_data_ptr<double>() : nullptr,
+              positions.size(-1)};
+    }
+  };
+  Side u_, v_;
+  double p_;
+  bool uniform_;
+};
+
+Tensor rows_cuda(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, double p) {
+  auto loss = at::empty(u.sizes().slice(0, u.dim() - 1), u.options());
+  const CudaLines lines(u, v, a, b, p);
+  const int64_t rows = loss.numel(), n = u.size(-1), m = v.size(-1);
+  run_on_cuda(&cuda::wasserstein_1d_forward, LineForward{lines.with_own(n >= m), loss.mutable_data_ptr()}, rows,
+              cuda::wasserstein_1d_workspace(rows, std::max(n, m)), u);
+  return loss;
+}
+
+Tensors4 backward_cuda(const Tensor& grad, const Tensor& u, const Tensor& v, const OptionalTensor& a,
+                       const OptionalTensor& b, double p, Mask mask) {
+  const auto coefficient = grad.to(at::kDouble).contiguous();
+  const CudaLines lines(u, v, a, b, p);
+  std::array<Tensor, 4> out{empty_if(mask[0], u), empty_if(mask[1], v), empty_if(mask[2], u), empty_if(mask[3], v)};
+  std::array<Tensor, 2> potentials;
+  const bool by_weights = mask[2] || mask[3];
+  for (const size_t side : {0, 1}) {
+    if (!mask[side] && !by_weights) continue;
+    const Tensor& own = side == 0 ? u : v;
+    const auto steps = by_weights ? at::empty(own.sizes(), coefficient.options()) : Tensor();
+    const LineBackward call{lines.with_own(side == 0), coefficient.const_data_ptr<double>(), side == 0,
+                            mask[side] ? rows_out(out[side]) : RowsOut{},
+                            by_weights ? steps.mutable_data_ptr<double>() : nullptr};
+    run_on_cuda([](const LineBackward& k, int64_t rows, double*,
+                   cuda::Stream stream) { cuda::wasserstein_1d_backward(k, rows, stream); },
+                call, coefficient.numel(), 0, u);
+    if (by_weights) potentials[side] = running_sums(steps, false);
+  }
+  if (!by_weights) return {out[0], out[1], out[2], out[3]};
+  // <a, f> = <b, g>, as wasserstein_1d_potentials() has it.
+  const auto& [f, g] = potentials;
+  const auto batch = u.sym_sizes().slice(0, u.dim() - 1);
+  const auto weight_a = weights_or_uniform(a, batch, u.sym_size(-1), u),
+             weight_b = weights_or_uniform(b, batch, v.sym_size(-1), v);
+  const auto total = weight_a.sum(-1, true) + weight_b.sum(-1, true);
+  const auto shift = ((weight_b * g).sum(-1, true) - (weight_a * f).sum(-1, true)) / at::where(total == 0, 1, total);
+  const auto c = coefficient.unsqueeze(-1);
+  if (mask[2]) out[2] = (c * (f + shift)).to(u.scalar_type());
+  if (mask[3]) out[3] = (c * (g - shift)).to(v.scalar_type());
+  return {out[0], out[1], out[2], out[3]};
+}
+
+Tensors2 tree_cuda(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
+  auto [rows, cols] = empty_tree(u, v);
+  const LineTree call{CudaLines(u, v, a, b, 1).with_own(true), u_first, rows.template mutable_data_ptr<int64_t>(),
+                      cols.template mutable_data_ptr<int64_t>()};
+  run_on_cuda([](const LineTree& k, int64_t count, double*,
+                 cuda::Stream stream) { cuda::wasserstein_1d_tree(k, count, stream); },
+              call, row_count(u), 0, u);
+  return {std::move(rows), std::move(cols)};
+}
+#endif
+
+// -- CPU, and by device ---------------------------------------------------------------------------------------------
+
+Tensor rows_dense(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, double p) {
+#ifdef TD_CUDA
+  if (is_for_cuda(u)) return rows_cuda(u, v, a, b, p);
+#endif
   check_masses(kName, a, b, u.scalar_type());
   auto loss = at::empty(u.sizes().slice(0, u.dim() - 1), u.options());
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), kName, [&] {
@@ -109,12 +227,11 @@ Tensor rows_cpu(const Tensor& u, const Tensor& v, const OptionalTensor& a, const
   return loss;
 }
 
-Tensor empty_if(bool wanted, const Tensor& like) {
-  return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
-}
-
-Tensors4 backward_cpu(const Tensor& grad, const Tensor& u, const Tensor& v, const OptionalTensor& a,
-                      const OptionalTensor& b, double p, Mask mask) {
+Tensors4 backward_dense(const Tensor& grad, const Tensor& u, const Tensor& v, const OptionalTensor& a,
+                        const OptionalTensor& b, double p, Mask mask) {
+#ifdef TD_CUDA
+  if (is_for_cuda(u)) return backward_cuda(grad, u, v, a, b, p, mask);
+#endif
   const int64_t n = u.size(-1), m = v.size(-1);
   const auto coefficient = grad.contiguous();
   std::array<Tensor, 4> out{empty_if(mask[0], u), empty_if(mask[1], v), empty_if(mask[2], u), empty_if(mask[3], v)};
@@ -148,14 +265,10 @@ Tensors4 backward_cpu(const Tensor& grad, const Tensor& u, const Tensor& v, cons
   return {out[0], out[1], out[2], out[3]};
 }
 
-Tensors2 empty_tree(const Tensor& u, const Tensor& v) {
-  c10::SymDimVector sizes(u.sym_sizes().begin(), u.sym_sizes().end());
-  sizes.back() = u.sym_size(-1) + v.sym_size(-1) - 1;
-  const auto options = u.options().dtype(at::kLong);
-  return {at::empty_symint(sizes, options), at::empty_symint(sizes, options)};
-}
-
-Tensors2 tree_cpu(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
+Tensors2 tree_dense(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
+#ifdef TD_CUDA
+  if (is_for_cuda(u)) return tree_cuda(u, v, a, b, u_first);
+#endif
   auto [rows, cols] = empty_tree(u, v);
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), kName, [&] {
     const SideRows<scalar_t> us(u, a), vs(v, b);
@@ -410,10 +523,17 @@ TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { m.impl("was
 // As kl_div: a composite operator under vmap meets the slow per-sample fallback before its decomposition.
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { m.impl("wasserstein_1d", wasserstein_1d_op); }
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
-  m.impl("_wasserstein_1d", rows_cpu);
-  m.impl("_wasserstein_1d_backward", backward_cpu);
-  m.impl("_wasserstein_1d_tree", tree_cpu);
+  m.impl("_wasserstein_1d", rows_dense);
+  m.impl("_wasserstein_1d_backward", backward_dense);
+  m.impl("_wasserstein_1d_tree", tree_dense);
 }
+#ifdef TD_CUDA
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+  m.impl("_wasserstein_1d", rows_dense);
+  m.impl("_wasserstein_1d_backward", backward_dense);
+  m.impl("_wasserstein_1d_tree", tree_dense);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_wasserstein_1d", rows_meta);
   m.impl("_wasserstein_1d_backward", backward_meta);

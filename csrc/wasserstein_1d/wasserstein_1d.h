@@ -15,19 +15,31 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/cuda_stream.h"
+#include "core/host_device.h"
+#include "core/rows.h"
+
 namespace torch_divergence {
 
 // |d|^p. The slope at 0 is 0, also for p = 1, where it jumps from -1 to 1.
 struct PowerCost {
   double p;
 
-  double operator()(double d) const { return p == 1 ? std::abs(d) : p == 2 ? d * d : std::pow(std::abs(d), p); }
-  double slope(double d) const {
+  TD_HOST_DEVICE double operator()(double d) const {
+    return p == 1 ? std::fabs(d) : p == 2 ? d * d : std::pow(std::fabs(d), p);
+  }
+  TD_HOST_DEVICE double slope(double d) const {
     if (p == 2) return 2 * d;
     const double sign = d > 0 ? 1 : d < 0 ? -1 : d;  // 0, or NaN
-    return p == 1 || sign == 0 ? sign : sign * p * std::pow(std::abs(d), p - 1);
+    return p == 1 || sign == 0 ? sign : sign * p * std::pow(std::fabs(d), p - 1);
   }
 };
+
+// Cumulative masses closer than this, relative to the whole, coincide: the rounding of weights of a type with this
+// epsilon, and of their summation.
+inline double rounding_of_masses(int64_t points, double epsilon) {
+  return std::max(4 * epsilon, static_cast<double>(points) * std::numeric_limits<double>::epsilon());
+}
 
 template <class T>
 struct Strided {
@@ -62,13 +74,8 @@ struct SortedSide {
 template <class T, class Step, class Last>
 void staircase(const SortedSide<T>& u, const SortedSide<T>& v, bool u_first, const Step& step, const Last& last) {
   const double mass_u = u.mass(), mass_v = v.mass(), mass = std::min(mass_u, mass_v);
-  // Cumulative masses closer than their rounding coincide: that of weights of type T, and of the summation.
-  const double rounding =
-      u.uniform() && v.uniform()
-          ? 0
-          : std::max<double>(4 * std::numeric_limits<T>::epsilon(),
-                             static_cast<double>(u.size + v.size) * std::numeric_limits<double>::epsilon());
-  const double tolerance = mass * rounding;
+  const double tolerance =
+      u.uniform() && v.uniform() ? 0 : mass * rounding_of_masses(u.size + v.size, std::numeric_limits<T>::epsilon());
   double a = u.cumulative(0, 0), b = v.cumulative(0, 0);
   int64_t i = 0, j = 0;
   while (i + 1 < u.size || j + 1 < v.size) {
@@ -151,5 +158,52 @@ void wasserstein_1d_potentials(const SortedSide<T>& u, const SortedSide<T>& v, c
   for (int64_t i = 0; i < u.size; ++i) f[i] = c * (f[i] + shift);
   for (int64_t j = 0; j < v.size; ++j) g[j] = c * (g[j] - shift);
 }
+
+// On CUDA a point knows its own cells: those of u_i are (i, j) for j from where the staircase enters row i to where it
+// leaves it, at the first B_j that is not before A_i. So every point is worked on by itself, and no two threads add to
+// one number.
+
+// One side of all rows: sorted positions, float or double, and cumulative weights, contiguous; null: uniform.
+struct SortedRows {
+  RowsIn positions;
+  const double* cumulative;
+  int64_t size;
+};
+struct LineRows {
+  SortedRows own, other;
+  double p;
+  double tolerance;       // rounding_of_masses(), 0 where both sides are uniform
+  double mass_tolerance;  // relative, of what may differ between the two masses
+};
+// out[i] = the loss, float or double as the positions.
+struct LineForward {
+  LineRows rows;
+  void* loss;
+};
+// slopes (rows x own.size) = coefficient[i] times the derivatives by own's positions; steps: what the potentials of
+// own's points, whose running sums they are, grow by from the point before, the mean of both ways of the staircase.
+struct LineBackward {
+  LineRows rows;
+  const double* coefficient;
+  bool own_is_u;
+  RowsOut slopes;
+  double* steps;  // null: not wanted
+};
+// The staircase's cells (own point, other point), which advances own first where both may advance, or last.
+struct LineTree {
+  LineRows rows;
+  bool own_first;
+  int64_t *own, *other;  // rows x (own.size + other.size - 1)
+};
+
+// All rows, on a stream. Weights that are negative, not finite or of masses that differ are device-side assertions.
+namespace cuda {
+// sums[i] = running sums of values' row i, double. `weights`: they are checked, and of float or double; else of double.
+void running_sums(const RowsIn& values, int64_t size, bool weights, double* sums, int64_t rows, Stream);
+int64_t wasserstein_1d_workspace(int64_t rows, int64_t size);
+void wasserstein_1d_forward(const LineForward&, int64_t rows, double* workspace, Stream);
+void wasserstein_1d_backward(const LineBackward&, int64_t rows, Stream);
+void wasserstein_1d_tree(const LineTree&, int64_t rows, Stream);
+}  // namespace cuda
 
 }  // namespace torch_divergence

@@ -11,6 +11,7 @@
 //  is
 //    not there, deadlocks, launches beyond CUDA's limits, a stream asked for without a device guard
 //  - array indices, signed overflow and shifts, as UBSan sees them
+//  - assertions of the kernels (CUDA_KERNEL_ASSERT), which end the block
 // It knows two readers of an address in each epoch, so a write that races with a third one only may be missed.
 #include "simt.h"
 
@@ -21,6 +22,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -615,6 +617,15 @@ cudaStream_t current_stream() {
   return nullptr;
 }
 
+void fail_assertion(const char* assertion, const char* file, unsigned line) {
+  found("assertion" + place(file, static_cast<int>(line)),
+        [&] { return "assertion failed at " + place(file, static_cast<int>(line)) + ": " + assertion; });
+  Thread& t = *device.current;
+  device.aborted = true;
+  t.state = State::Done;
+  t.context.switch_to(device.scheduler);
+}
+
 namespace {
 void report_undefined(const char* what, const char* file, unsigned line) {
   if (device.current == nullptr) return;
@@ -624,6 +635,16 @@ void report_undefined(const char* what, const char* file, unsigned line) {
 }  // namespace
 
 }  // namespace simt
+
+// -- What CUDA_KERNEL_ASSERT calls, in place of libc's
+// -----------------------------------------------------------------
+
+extern "C" __attribute__((visibility("hidden"), noreturn)) void __assert_fail(const char* assertion, const char* file,
+                                                                              unsigned line, const char*) noexcept {
+  if (simt::device.current != nullptr) simt::fail_assertion(assertion, file, line);
+  std::fprintf(stderr, "%s:%u: %s\n", file, line, assertion);
+  std::abort();
+}
 
 // -- What g++ -fsanitize=thread,... calls ----------------------------------------------------------------------------
 

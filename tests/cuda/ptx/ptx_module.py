@@ -28,6 +28,7 @@ class Kernel:
     shared: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # name -> alignment, size (None: dynamic)
     local: dict[str, int] = field(default_factory=dict)  # name -> offset
     local_size: int = 0
+    constants: set[str] = field(default_factory=set)  # names of the module's strings, whose places only calls are given
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     branch_targets: dict[str, list[str]] = field(default_factory=dict)
@@ -60,6 +61,9 @@ def parse(text: str) -> dict[str, Kernel]:
         position = body_end + 1
         kernels[entry[1]] = _kernel(entry[1], entry[2], text[body_start + 1 : body_end], files)
     outside.append(text[position:])
+    for name in re.findall(r"\.global\s+\.align\s+\d+\s+\.b8\s+([\w$]+)", "".join(outside)):
+        for kernel in kernels.values():
+            kernel.constants.add(name)
     shared = r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*(?:\[(\d*)\])?"
     for m in re.finditer(shared, "".join(outside)):
         for kernel in kernels.values():
@@ -126,7 +130,7 @@ def _declaration(kernel: Kernel, statement: str) -> None:
         else:
             kernel.local[m[3]] = -(-kernel.local_size // alignment) * alignment
             kernel.local_size = kernel.local[m[3]] + size
-    else:
+    elif not statement.startswith(".param "):  # of a call
         raise PtxError(f"directive {statement}")
 
 

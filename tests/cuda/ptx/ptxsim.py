@@ -30,7 +30,7 @@ from ptx_module import Instruction, Kernel, PtxError, parse
 
 READY, AT_BARRIER, IN_WARP_OPERATION, EXITED = range(4)
 _CONTROL = {"bra": "branch", "brx": "branch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
-_CONTROL |= {"shfl": "warp", "vote": "warp", "redux": "warp"}
+_CONTROL |= {"shfl": "warp", "vote": "warp", "redux": "warp", "call": "assertion"}
 _EPILOGUE = Instruction("end of the kernel", "?", -1, None, False, "ret", (), [])
 
 
@@ -129,7 +129,7 @@ class Machine:
                 self._serial += 1
 
     def _place_symbols(self, kernel: Kernel, dynamic_shared: int, arguments: list[bytes]) -> None:
-        self.symbols: dict[str, int] = {}
+        self.symbols: dict[str, int] = dict.fromkeys(kernel.constants, 0)
         end = 0
         for name, (alignment, size) in sorted(kernel.shared.items(), key=lambda s: s[1][1] is None):
             end = -(-end // alignment) * alignment
@@ -211,6 +211,11 @@ class Machine:
             self._try_warps(self.warp[index[chosen]])
         elif not chosen.all():
             raise PtxError(f"predicated {i.text}")
+        elif kind == "assertion":
+            if "__assertfail" not in i.operands:
+                raise PtxError(i.text)
+            self.report("assertion failed", i, "the kernel ends")
+            self.state[:] = EXITED
         elif kind == "barrier":
             self.pc[index], self.state[index] = pc, AT_BARRIER
         else:

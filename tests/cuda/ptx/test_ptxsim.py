@@ -210,6 +210,7 @@ def test_barriers(between: str, distance: int, finding: str | None, schedule: st
         ("ld.shared.u32 %r6, [tile];", "uninitialised"),
         ("st.shared.u32 [tile+256], %r1;", "out of bounds"),
         ("A: bra A;", "hang"),
+        ("{ .param .b64 a; st.param.b64 [a], %rd10; call.uni __assertfail, (a); }", "assertion failed"),
     ],
 )
 def test_memory_rules(body: str, finding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
