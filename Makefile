@@ -14,11 +14,20 @@ export PATH := $(VENV)/bin:$(PATH)
 # The CUDA kernels are built into the library with `make TD_CUDA=ON ...`; the tests run their source on an emulator.
 TD_CUDA ?= OFF
 CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON -DTD_CUDA=$(TD_CUDA)
+# With ccache, a clean clone compiles what no clone before it has: paths are taken relative to the clone.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+endif
+# A process a core; threads that wait for work leave the core to the others.
+PYTEST := OMP_WAIT_POLICY=passive pytest -n $(JOBS) --dist worksteal
 CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test docs compat compat-quick sanitize bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test docs compat compat-quick sanitize sanitize-quick bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
@@ -27,7 +36,7 @@ help:
 	@echo "make docs       the guide, into build/docs"
 	@echo "make test-cuda  the CUDA kernels, on an emulated GPU"
 	@echo "make lint       formatting, ruff, mypy        make format    format everything"
-	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize   tests with AddressSanitizer and UndefinedBehaviorSanitizer (sanitize-quick: of kl_div, in C++)"
 	@echo "make compat     compile with the headers of every supported torch (compat-quick: the oldest, core/ only)"
 	@echo "make bench      benchmarks                    make tidy      clang-tidy"
 	@echo "make mutants    break the CUDA kernels on purpose: every seeded bug must be caught"
@@ -96,7 +105,7 @@ ctest: build
 
 pytest: build
 	$(call say,Python tests and doctests)
-	pytest --ignore tests/cuda
+	$(PYTEST) --ignore tests/cuda
 
 # pytest itself runs with the best instruction set of the processor; these are the ones below it.
 pytest-capabilities: build
@@ -104,7 +113,7 @@ pytest-capabilities: build
 	for capability in default avx2; do \
 	  case $$best-$$capability in DEFAULT-*|AVX2-avx2) continue;; esac; \
 	  printf '\n== Python tests with ATEN_CPU_CAPABILITY=%s\n' $$capability; \
-	  ATEN_CPU_CAPABILITY=$$capability pytest -q tests/test_values.py tests/test_gradients.py; \
+	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) -q tests/test_values.py tests/test_gradients.py; \
 	done
 
 # The CUDA kernels' source on the emulated device of tests/cuda/emulator, in place of the CPU's, for the tests of the
@@ -128,9 +137,9 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
-	pytest -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"; \
-	pytest -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
+	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
+	$(PYTEST) -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"; \
+	$(PYTEST) -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no
 # cuobjdump); the last needs g++ only.
@@ -174,11 +183,20 @@ compat compat-quick: build/configured
 	python .ci/torch_headers.py build/compile_commands.json .venv/torch-headers $(if $(filter compat-quick,$@),--quick)
 
 # The kernels stay optimised enough to be quick; asserts are on. Leaks are looked for in C++ only: Python has its own.
-# Of the instruction sets it is AVX2 that is looked at (cmake/CpuKernels.cmake).
-sanitize: export ATEN_CPU_CAPABILITY := $(if $(shell grep -m1 -w avx2 /proc/cpuinfo),avx2,default)
+# Of the instruction sets it is AVX2 that is looked at (cmake/CpuKernels.cmake). sanitize-quick, which CI runs, looks at
+# kl_div: the row machinery, its kernels, autograd, threads; sanitize at everything, in an hour of processor time.
+sanitize sanitize-quick: export ATEN_CPU_CAPABILITY := $(if $(shell grep -m1 -w avx2 /proc/cpuinfo),avx2,default)
+SANITIZED := $(CONFIGURE) -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DTD_SANITIZE=address,undefined
+SANITIZED_TESTS := test_kl_div test_kernels test_threads
+sanitize-quick: $(STAMPS)/venv
+	$(call say,C++ tests of kl_div with sanitizers)
+	$(SANITIZED) -B build-sanitize-quick -DTD_ONLY=kl_div
+	cmake --build build-sanitize-quick --parallel $(JOBS) --target $(SANITIZED_TESTS)
+	cd build-sanitize-quick && for test in $(SANITIZED_TESTS); do tests/$$test --gtest_brief=1; done
+
 sanitize: $(STAMPS)/venv
 	$(call say,build with sanitizers)
-	$(CONFIGURE) -B build-sanitize -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DTD_SANITIZE=address,undefined
+	$(SANITIZED) -B build-sanitize
 	cmake --build build-sanitize --parallel $(JOBS)
 	$(call say,C++ tests with sanitizers)
 	ctest --test-dir build-sanitize --output-on-failure --no-tests=error -j $(JOBS)
@@ -190,7 +208,7 @@ sanitize: $(STAMPS)/venv
 	export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CURDIR)/build-sanitize/site; \
 	python -c "import torch_divergence as td; assert 'build-sanitize' in td.__file__, td.__file__"; \
-	pytest -q tests/test_gradients.py
+	$(PYTEST) -q tests/test_gradients.py
 
 # --- for developers ---------------------------------------------------------------------------------------------------
 
@@ -208,5 +226,5 @@ tidy: build
 	clang-tidy -p build --quiet $$(find csrc -name '*.cpp')
 
 clean:
-	rm -rf build build-sanitize *.egg-info python/*.egg-info $(STAMPS)/editable
+	rm -rf build build-sanitize build-sanitize-quick *.egg-info python/*.egg-info $(STAMPS)/editable
 	rm -rf $(PACKAGE)/_build_info.py $(PACKAGE)/*.so $(PACKAGE)/include $(PACKAGE)/lib $(PACKAGE)/share

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-SUPPORTED = ("2.12", "2.13", "2.14", "2.15")
+SUPPORTED = ("2.11", "2.12", "2.13", "2.14", "2.15")
 
 
 def installed_torch() -> Path:
@@ -63,7 +63,7 @@ def check(entry: dict[str, str], include: Path) -> str:
 
 def main() -> None:
     commands, cache, quick = Path(sys.argv[1]), Path(sys.argv[2]).resolve(), sys.argv[3:] == ["--quick"]
-    wanted = ("/csrc/core/", "/csrc/kl_div/kl_div.cpp") if quick else ("/csrc/",)
+    wanted = ("/csrc/core/", "/csrc/kl_div/kl_div.cpp") if quick else ("/csrc/", "/unity_")
     entries = [entry for entry in json.loads(commands.read_text()) if any(part in entry["file"] for part in wanted)]
     assert entries, f"{commands} compiles nothing from csrc"
     installed = ".".join(version("torch").split(".")[:2])

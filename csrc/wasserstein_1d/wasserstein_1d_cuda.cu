@@ -166,7 +166,7 @@ struct RunningSums {
 // A block a row, a stretch of it a thread. Running sums of what is not negative never fall: each stretch begins at
 // exactly what the one before ends at.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) row_sums(const RunningSums k) {
+__global__ void __launch_bounds__(kThreads, 2) row_running_sums(const RunningSums k) {
   __shared__ double parts[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x, length = (k.size + kThreads - 1) / kThreads, first = thread * length,
@@ -205,9 +205,9 @@ void running_sums(const RowsIn& values, int64_t size, bool weights, double* sums
   const RunningSums call{values, size, weights, sums};
   const dim3 grid(static_cast<unsigned>(rows));
   if (values.dtype == DType::Double) {
-    TD_LAUNCH(row_sums<double>, grid, dim3(kThreads), stream, call);
+    TD_LAUNCH(row_running_sums<double>, grid, dim3(kThreads), stream, call);
   } else {
-    TD_LAUNCH(row_sums<float>, grid, dim3(kThreads), stream, call);
+    TD_LAUNCH(row_running_sums<float>, grid, dim3(kThreads), stream, call);
   }
 }
 
