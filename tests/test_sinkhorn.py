@@ -146,12 +146,7 @@ def test_against_plain_iterations(d, rho):
 def test_costs_agree_with_their_matrix(cost):
     x, y = clouds(40, 50, 3)
     a, b = weights(40), weights(50, seed=1)
-    matrix = {
-        "half_sqeuclidean": torch.cdist(x, y).square() / 2,
-        "sqeuclidean": torch.cdist(x, y).square(),
-        "euclidean": torch.cdist(x, y),
-        "cosine": 1 - torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1),
-    }[cost]
+    matrix = matrix_of(cost, x, y)
     close(
         td.sinkhorn(x, y, a, b, cost=cost, eps=0.1, tol=1e-12).value,
         td.sinkhorn_cost(matrix, a, b, eps=0.1, tol=1e-12),
@@ -280,10 +275,11 @@ def test_split_point_changes_nothing():
     )
 
 
+@pytest.mark.parametrize("d", (3, 8))
 @pytest.mark.parametrize("offset", (0.0, 10.0, 1000.0))
-def test_offset_in_float32(offset):
+def test_offset_in_float32(offset, d):
     """Coordinates of 2^-10 are exact beside 1000: any difference is the library's."""
-    x, y = ((t * 1024).round() / 1024 for t in clouds(30, 40))
+    x, y = ((t * 1024).round() / 1024 for t in clouds(30, 40, d))
     want = td.sinkhorn_divergence(x, y, eps=0.3, tol=1e-9)
     got = td.sinkhorn_divergence((x + offset).float(), (y + offset).float(), eps=0.3, tol=1e-5)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
@@ -463,6 +459,68 @@ def test_one_update_from_any_guess(d, cost, dtype):
         shift = (result.f.double() - f).mean()  # the gauge
         atol = 1e-10 if dtype == F64 else 2e-6 * (1 + scale)
         torch.testing.assert_close(result.f.double() - shift, f, rtol=0, atol=atol)
+
+
+def matrix_of(cost, x, y):
+    if cost == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1)
+    square = (x[:, None] - y).square().sum(-1)
+    return {"half_sqeuclidean": square / 2, "sqeuclidean": square, "euclidean": square.sqrt()}[cost]
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (F64, 1e-13)), ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", (5, 16, 33, 70))
+def test_one_update_in_many_dimensions(d, cost, dtype, tolerance):
+    """By inner products, but for euclidean, and by more rows and columns than the kernels take at once."""
+    x, y = clouds(101, 300, d, dtype=dtype)
+    c = matrix_of(cost, x.double(), y.double())
+    eps = c.mean().item() / 10
+    g = eps * torch.randn(300, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    f = -eps * torch.logsumexp((g.double() - c) / eps - math.log(300), 1)
+    result = td.sinkhorn(x, y, cost=cost, eps=eps, init=g, max_iter=1, tol=0)
+    shift = (result.f.double() - f).mean()  # the gauge
+    torch.testing.assert_close(result.f.double() - shift, f, rtol=0, atol=tolerance * eps)
+
+
+@pytest.mark.parametrize("eps", (0.01, 0.3))
+def test_clusters_far_apart(eps):
+    """Squares about any centre are large beside eps and beside the costs within a cluster: differences have to do."""
+    x, y = ((t * 1024).round() / 1024 for t in clouds(30, 40, 8))
+    for t in (x, y):
+        t[::2] += 512
+    c = matrix_of("half_sqeuclidean", x, y)
+    f = -eps * torch.logsumexp(-c / eps - math.log(40), 1)
+    result = td.sinkhorn(x.float(), y.float(), eps=eps, init=torch.zeros(40), max_iter=1, tol=0)
+    shift = (result.f.double() - f).mean()  # the gauge
+    torch.testing.assert_close(result.f.double() - shift, f, rtol=0, atol=2e-6 * f.max().item())
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 5e-6), (F64, 1e-12)), ids=str)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", (1, 2, 3, 4, 5, 33))
+def test_gradient_of_points_is_that_of_the_plan(d, cost, dtype, tolerance):
+    """Each side's plan is scaled to its marginal, also where the other potential is no solution at all."""
+    x, y = clouds(23, 290, d, dtype=dtype)
+    with torch.no_grad():
+        y[:5] = x[:5]
+    eps = 0.1 * matrix_of("sqeuclidean", x.double(), y.double()).mean().item() + 0.1
+    for scale in (0.0, 1e3):
+        g = scale * torch.randn(290, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        result = td.sinkhorn(*leaves, cost=cost, eps=eps, init=g, max_iter=1, tol=0)
+        got = torch.autograd.grad(result.value, leaves)
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        if cost == "euclidean":
+            square = (wide[0][:, None] - wide[1]).square().sum(-1)
+            c = torch.where(square == 0, 0, torch.where(square == 0, 1, square).sqrt())
+        else:
+            c = matrix_of(cost, *wide)
+        z = (result.f.detach().double()[:, None] + result.g.detach().double() - c.detach()) / eps
+        for got_side, leaf, dim, n in ((got[0], wide[0], 1, 23), (got[1], wide[1], 0, 290)):
+            (want,) = torch.autograd.grad((z.softmax(dim) * c).sum() / n, leaf, retain_graph=True)
+            atol = tolerance * (1 + scale / eps) * want.abs().max().item() + tolerance / n
+            torch.testing.assert_close(got_side.double(), want, rtol=0, atol=atol)
 
 
 def test_counters():

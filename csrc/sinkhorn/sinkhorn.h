@@ -49,6 +49,10 @@ struct Pairs {
   // kCostMatrix: C_ij = matrix[i * row_stride + j * col_stride] (A).
   const void* matrix;
   int64_t row_stride, col_stride;
+  // C_ij = -<x, y> or, for kSqEuclidean, -2 <x, y>: what is left of |x - y|^2 once the squares of the points are in the
+  // potentials. The points come in panels of kPad, so that a tile of columns is one piece of memory: coordinate k of
+  // row i is x[i / kPad * kPad * dims + k * kPad + i % kPad]. Only for SoftMin and PointGradient.
+  bool products = false;
 };
 
 // out_i = log2 sum_j 2^(score_j - C_ij log2e/eps)
@@ -67,6 +71,12 @@ struct SoftMinFlat {
   const void* weight;     // A, b_j/m_b
   double inv_eps;
   double* out;
+};
+
+// gradient_i = sum_j Q_ij d1C_ij / sum_j Q_ij of the Q of a SoftMin, whose out is a guess: the first derivative by the
+// points of a side, per unit of its marginal. Not for kCostMatrix.
+struct PointGradient : SoftMin {
+  void* gradient;  // A, (rows, dims)
 };
 
 // low_i = min_j C_ij + offset_j, high_i = max_j C_ij + offset_j over the columns of weight above 0.
@@ -112,6 +122,7 @@ struct PairSweep {
 // Rows [begin, end) of a call.
 TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min, (const transport::SoftMin& call, int64_t begin, int64_t end))
 TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min_flat, (const transport::SoftMinFlat& call, int64_t begin, int64_t end))
+TD_DECLARE_CPU_KERNEL(sinkhorn_point_gradient, (const transport::PointGradient& call, int64_t begin, int64_t end))
 TD_DECLARE_CPU_KERNEL(sinkhorn_cost_range, (const transport::CostRange& call, int64_t begin, int64_t end))
 TD_DECLARE_CPU_KERNEL(sinkhorn_pair_sweep, (const transport::PairSweep& call, int64_t begin, int64_t end))
 

@@ -1,7 +1,7 @@
 // CPU pair kernels of entropic optimal transport. Compiled once per instruction set (CPU_CAPABILITY); formulas in
 // sinkhorn.h. Nothing the size of rows x columns is stored: costs are recomputed, a tile of a few rows at a time, from
-// coordinates that stay in cache, and by differences of coordinates, which cancel nothing however far the clouds are
-// from the origin.
+// coordinates that stay in cache. By differences of coordinates, which cancel nothing however far the clouds are from
+// the origin, or by inner products where the caller knows that they are as good (Pairs::products).
 #include "sinkhorn/sinkhorn.h"
 
 #include <algorithm>
@@ -18,8 +18,14 @@ using namespace transport;
 
 // Columns of a tile: what its rows need stays in the first-level cache.
 constexpr int64_t kTile = 256;
-// Rows of a soft minimum that share the loads of their columns.
-constexpr int kRows = 4;
+// Rows that share the loads of their columns, in few dimensions and in many.
+constexpr int kRows = 4, kBlockRows = 6;
+// Vectors of columns beside them: kBlockRows times as many sums hide the latency of a multiply-add.
+constexpr int kVectors = 2;
+// Rows that meet a tile of columns while it is in the first-level cache.
+constexpr int64_t kChunk = 48;
+// Points of so few dimensions are kept in registers.
+constexpr int64_t kFewDims = 4;
 
 // 2^t = 2^(t - floor t) 2^floor(t), the first factor by a polynomial on [0, 1): minimax in the relative error (Remez),
 // 7e-8 in float and 3e-18 in double. t up to 1000 in double, 120 in float; anything down to kNoScore gives 0; NaN
@@ -47,20 +53,30 @@ TD_INLINE Vec<A> exp2_fraction(Vec<A> r) {
   for (int k = n - 2; k >= 0; --k) y = fmadd(y, r, Vec<A>(c[k]));
   return y;
 }
+#if defined(CPU_CAPABILITY_AVX2)
+// In the range where 2^floor(t) is a normal number. NaN stays: its floor converts to 0x80000000, of which the shift
+// leaves nothing.
+TD_INLINE __m256 exp2_in_range(__m256 t) {
+  const __m256 k = _mm256_floor_ps(t);
+  const __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(k), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(exp2_fraction<float>(_mm256_sub_ps(t, k))), e));
+}
+TD_INLINE __m256d exp2_in_range(__m256d t) {
+  const __m256d k = _mm256_floor_pd(t);
+  const __m256i e = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(k)), 52);
+  return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(exp2_fraction<double>(_mm256_sub_pd(t, k))), e));
+}
+#endif
+
+// Below the normal range, 0: a subnormal result costs the processor a hundred times a normal one. NaN compares false
+// with "less", and passes.
 TD_INLINE Vec<float> exp2_of(Vec<float> t) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // 0x9: t - floor(t), no inexact flag. scalef takes the floor of its exponent itself. Below the normal range, 0: a
-  // subnormal result costs the processor a hundred times a normal one.
+  // 0x9: t - floor(t), no inexact flag. scalef takes the floor of its exponent itself.
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.f), _CMP_NLT_UQ),
                                 exp2_fraction<float>(_mm512_reduce_ps(t, 0x9)), t);
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m256 k = _mm256_floor_ps(t);
-  const __m256 y = exp2_fraction<float>(_mm256_sub_ps(t, k));
-  const __m256i e = _mm256_slli_epi32(_mm256_cvtps_epi32(k), 23);
-  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), e));
-  // Below the normal range: 0. NaN compares false with "less", and passes.
-  return _mm256_andnot_ps(_mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_LT_OQ),
-                          _mm256_blendv_ps(scaled, t, _mm256_cmp_ps(t, t, _CMP_UNORD_Q)));
+  return _mm256_andnot_ps(_mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_LT_OQ), exp2_in_range(t));
 #else
   float lanes[kLanes<float>];
   t.store(lanes);
@@ -73,12 +89,7 @@ TD_INLINE Vec<double> exp2_of(Vec<double> t) {
   return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(t, _mm512_set1_pd(-1022.), _CMP_NLT_UQ),
                                 exp2_fraction<double>(_mm512_reduce_pd(t, 0x9)), t);
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m256d k = _mm256_floor_pd(t);
-  const __m256d y = exp2_fraction<double>(_mm256_sub_pd(t, k));
-  const __m256i e = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(k)), 52);
-  const __m256d scaled = _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(y), e));
-  return _mm256_andnot_pd(_mm256_cmp_pd(t, _mm256_set1_pd(-1022.), _CMP_LT_OQ),
-                          _mm256_blendv_pd(scaled, t, _mm256_cmp_pd(t, t, _CMP_UNORD_Q)));
+  return _mm256_andnot_pd(_mm256_cmp_pd(t, _mm256_set1_pd(-1022.), _CMP_LT_OQ), exp2_in_range(t));
 #else
   double lanes[kLanes<double>];
   t.store(lanes);
@@ -87,31 +98,52 @@ TD_INLINE Vec<double> exp2_of(Vec<double> t) {
 #endif
 }
 
-// Where t is above the range it gives something above 2^100.
+// A term of a sum that is only used where it is between 2^-60 and 2^100. Above the range, and for NaN, it is above
+// 2^100; below it may be the least normal number, which no such sum feels.
 template <class A>
-TD_INLINE Vec<A> exp2_capped(Vec<A> t) {
-#if defined(CPU_CAPABILITY_AVX512)
+TD_INLINE Vec<A> exp2_term(Vec<A> t) {
+#if defined(CPU_CAPABILITY_AVX2)
+  constexpr A lowest = std::is_same_v<A, float> ? A(-126) : A(-1022);
+  return Vec<A>(exp2_in_range(max_of(min_of(t, Vec<A>(A(120))), Vec<A>(lowest))));
+#elif defined(CPU_CAPABILITY_AVX512)
   return exp2_of(t);
 #else
   return exp2_of(min_of(t, Vec<A>(A(120))));
 #endif
 }
+constexpr bool is_usable(double sum) { return sum > 0x1p-60 && sum < 0x1p100; }
 
 template <class A>
 TD_INLINE Vec<A> load_or_zero(const void* x, int64_t at) {
   return x == nullptr ? Vec<A>(A(0)) : load<A>(static_cast<const A*>(x) + at);
 }
 
-// -- The raw cost of a tile: |x - y|^2, |x - y| or C; what it is multiplied by is raw_scale
-// ----------------------------
+// -- The raw cost of a tile: |x - y|^2, <x, y>, |x - y| or C; what it is multiplied by is raw_scale
+// ---------------------
 
-double raw_scale(const Pairs& p) { return p.cost == kHalfSqEuclidean ? 0.5 : 1.0; }
+double raw_scale(const Pairs& p) { return (p.cost == kHalfSqEuclidean ? 0.5 : 1.0) * (p.products ? -2.0 : 1.0); }
 
 template <class A, int R>
 using Rows = A[R][kTile];
 
 // Rows past the end repeat the last one.
 TD_INLINE int64_t row_of(const Pairs& p, int64_t i) { return std::min(i, p.rows - 1); }
+
+// Where the coordinates of a row and of a column start, and how far apart they are.
+template <class A>
+struct Layout {
+  const A *x, *y;
+  int64_t x_stride, y_stride, panel;  // panel: entries of one, 0 if there are none
+
+  explicit Layout(const Pairs& p)
+      : x(static_cast<const A*>(p.x)),
+        y(static_cast<const A*>(p.y)),
+        x_stride(p.products ? kPad : p.x_stride),
+        y_stride(p.products ? kPad : p.y_stride),
+        panel(p.products ? kPad * p.dims : kPad) {}
+  TD_INLINE const A* row(int64_t i) const { return x + i / kPad * panel + i % kPad; }
+  TD_INLINE const A* column(int64_t j) const { return y + j / kPad * panel + j % kPad; }
+};
 
 template <class A, int R, int D>
 TD_INLINE void squared_distances_of(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
@@ -135,50 +167,60 @@ TD_INLINE void squared_distances_of(const Pairs& p, int64_t i, int64_t j, int64_
   }
 }
 
-// Any number of dimensions: R rows and V vectors of columns in registers.
-template <class A, int R, int V>
-TD_INLINE void squared_distances_block(const Pairs& p, int64_t i, const A* y, A* const (&out)[R]) {
-  const A* const x = static_cast<const A*>(p.x);
-  Vec<A> s[R][V];
-  int64_t at[R];
+// Any number of dimensions: R rows from i and V vectors of columns from j, in registers.
+template <class A, int R, int V, bool products>
+TD_INLINE void raw_block(const Pairs& p, const Layout<A>& at, int64_t i, int64_t j, Vec<A> (&s)[R][V]) {
+  const A *x[R], *y[V];
   const auto each_row = [](const auto& f) __attribute__((always_inline)) { unrolled<R>(f); };
   const auto each_vector = [](const auto& f) __attribute__((always_inline)) { unrolled<V>(f); };
+  each_vector([&](auto v) __attribute__((always_inline)) { y[v] = at.column(j + v * kLanes<A>); });
   each_row([&](auto r) __attribute__((always_inline)) {
-    at[r] = row_of(p, i + r);
+    x[r] = at.row(row_of(p, i + r));
     each_vector([&](auto v) __attribute__((always_inline)) { s[r][v] = Vec<A>(A(0)); });
   });
   for (int64_t k = 0; k < p.dims; ++k) {
     Vec<A> yk[V];
-    each_vector([&](auto v) __attribute__((always_inline)) { yk[v] = load<A>(y + k * p.y_stride + v * kLanes<A>); });
+    each_vector([&](auto v) __attribute__((always_inline)) { yk[v] = load<A>(y[v] + k * at.y_stride); });
     each_row([&](auto r) __attribute__((always_inline)) {
-      const Vec<A> xk(x[k * p.x_stride + at[r]]);
+      const Vec<A> xk(x[r][k * at.x_stride]);
       each_vector([&](auto v) __attribute__((always_inline)) {
-        const Vec<A> d = xk - yk[v];
-        s[r][v] = fmadd(d, d, s[r][v]);
+        if constexpr (products) {
+          s[r][v] = fmadd(xk, yk[v], s[r][v]);
+        } else {
+          const Vec<A> d = xk - yk[v];
+          s[r][v] = fmadd(d, d, s[r][v]);
+        }
       });
     });
   }
-  each_row([&](auto r) __attribute__((always_inline)) {
-    each_vector([&](auto v) __attribute__((always_inline)) { s[r][v].store(out[r] + v * kLanes<A>); });
-  });
 }
-template <class A, int R>
-void squared_distances_any(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
-  constexpr int kVectors = 2;
-  const A* const y = static_cast<const A*>(p.y) + j;
-  A* row[R];
-  int64_t l = 0;
-  const auto point = [&] {
-    for (int r = 0; r < R; ++r) row[r] = out[r] + l;
+// f(first column, s) for the blocks of R rows from i and `count` columns from j.
+template <class A, int R, bool products, class F>
+TD_INLINE void for_raw_blocks(const Pairs& p, int64_t i, int64_t j, int64_t count, const F& f) {
+  const Layout<A> at(p);
+  const auto blocks = [&](auto vectors, int64_t l) __attribute__((always_inline)) {
+    constexpr int V = decltype(vectors)::value;
+    for (; l + V * kLanes<A> <= count; l += V * kLanes<A>) {
+      Vec<A> s[R][V];
+      raw_block<A, R, V, products>(p, at, i, j + l, s);
+      f(j + l, s);
+    }
+    return l;
   };
-  for (; l + kVectors * kLanes<A> <= count; l += kVectors * kLanes<A>) {
-    point();
-    squared_distances_block<A, R, kVectors>(p, i, y + l, row);
-  }
-  for (; l < count; l += kLanes<A>) {
-    point();
-    squared_distances_block<A, R, 1>(p, i, y + l, row);
-  }
+  const int64_t done = blocks(std::integral_constant<int, kVectors>(), 0);
+  blocks(std::integral_constant<int, 1>(), done);
+}
+
+template <class A, int R, bool products>
+void raw_costs_any(const Pairs& p, int64_t i, int64_t j, int64_t count, Rows<A, R>& out) {
+  for_raw_blocks<A, R, products>(
+      p, i, j, count, [&](int64_t column, const auto& s) __attribute__((always_inline)) {
+        constexpr int V = std::extent_v<std::remove_reference_t<decltype(s)>, 1>;
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+          unrolled<V>([&](auto v)
+                          __attribute__((always_inline)) { s[r][v].store(out[r] + (column - j) + v * kLanes<A>); });
+        });
+      });
 }
 
 template <class A, int R>
@@ -202,7 +244,10 @@ TD_INLINE void raw_costs(const Pairs& p, int64_t i, int64_t j, int64_t count, Ro
     matrix_costs<A, R>(p, i, j, count, out);
     return;
   }
-  switch (p.dims) {
+  switch (p.products ? 0 : p.dims) {
+    case 0:
+      raw_costs_any<A, R, true>(p, i, j, count, out);
+      break;
     case 1:
       squared_distances_of<A, R, 1>(p, i, j, count, out);
       break;
@@ -216,7 +261,7 @@ TD_INLINE void raw_costs(const Pairs& p, int64_t i, int64_t j, int64_t count, Ro
       squared_distances_of<A, R, 4>(p, i, j, count, out);
       break;
     default:
-      squared_distances_any<A, R>(p, i, j, count, out);
+      raw_costs_any<A, R, false>(p, i, j, count, out);
   }
   if (p.cost == kEuclidean)
     for (int r = 0; r < R; ++r)
@@ -227,23 +272,28 @@ int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // f(first column, columns) for each tile.
 template <class F>
-TD_INLINE void for_tiles(const Pairs& p, const F& f) {
+TD_INLINE void for_tiles(const Pairs& p, int64_t tile, const F& f) {
   const int64_t end = padded(p.cols);
-  for (int64_t j = 0; j < end; j += kTile) f(j, std::min(kTile, end - j));
+  for (int64_t j = 0; j < end; j += tile) f(j, std::min(tile, end - j));
+}
+template <class F>
+TD_INLINE void for_tiles(const Pairs& p, const F& f) {
+  for_tiles(p, kTile, f);
 }
 
 // -- Soft minima ------------------------------------------------------------------------------------------------------
 
-// sum_r = sum_j 2^(score_j - C_rj slope - guess_r) for few dimensions: a pair is D differences and one power of 2, all
-// in registers.
+// sum_r = sum_j 2^(score_j - C_rj slope - guess_r) of kRows rows in few dimensions: a pair is D differences and one
+// power of 2, all in registers.
 template <class A, int D>
-void guessed_sums_of(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows], double (&sum)[kRows]) {
+void guessed_sums_few(const SoftMin& call, int64_t i, const A* guesses, double* sum) {
   const Pairs& p = call.pairs;
   const A *const x = static_cast<const A*>(p.x), *const y = static_cast<const A*>(p.y),
                  *const score = static_cast<const A*>(call.score);
   const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
-  Vec<A> xi[kRows][D];
+  Vec<A> xi[kRows][D], guess[kRows];
   unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+    guess[r] = Vec<A>(guesses[r]);
     unrolled<D>([&](auto k)
                     __attribute__((always_inline)) { xi[r][k] = Vec<A>(x[k * p.x_stride + row_of(p, i + r)]); });
   });
@@ -264,7 +314,7 @@ void guessed_sums_of(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows
                 c = fmadd(d, d, c);
               });
               if constexpr (decltype(root)::value) c = c.sqrt();
-              part[r] = part[r] + exp2_capped<A>(fmadd(c, slope, s - guess[r]));
+              part[r] = part[r] + exp2_term<A>(fmadd(c, slope, s - guess[r]));
             });
           }
           unrolled<kRows>([&](auto r) __attribute__((always_inline)) { sum[r] += sum_of(part[r]); });
@@ -273,61 +323,83 @@ void guessed_sums_of(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows
   p.cost == kEuclidean ? sums(std::true_type()) : sums(std::false_type());
 }
 
-// The same for any cost.
-template <class A>
-void guessed_sums_any(const SoftMin& call, int64_t i, const Vec<A> (&guess)[kRows], double (&sum)[kRows]) {
+// The same of any number of rows in any dimension, a tile of columns at a time.
+template <class A, bool products, bool root>
+void guessed_sums_many(const SoftMin& call, int64_t i, int64_t rows, const A* guess, double* sum) {
   const Pairs& p = call.pairs;
   const A* const score = static_cast<const A*>(call.score);
   const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  constexpr int64_t kBytes = 16384, kStep = 2 * kPad;
+  const int64_t columns = kBytes / (p.dims * static_cast<int64_t>(sizeof(A))) / kStep * kStep;
+  for_tiles(
+      p, std::clamp(columns, kStep, kTile), [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+        for (int64_t first = 0; first < rows; first += kBlockRows) {
+          Vec<A> part[kBlockRows];
+          for (auto& v : part) v = Vec<A>(A(0));
+          for_raw_blocks<A, kBlockRows, products>(
+              p, i + first, j, count, [&](int64_t column, const auto& s) __attribute__((always_inline)) {
+                constexpr int V = std::extent_v<std::remove_reference_t<decltype(s)>, 1>;
+                unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                  const Vec<A> scores = load<A>(score + column + v * kLanes<A>);
+                  unrolled<kBlockRows>([&](auto r) __attribute__((always_inline)) {
+                    const Vec<A> c = root ? s[r][v].sqrt() : s[r][v];
+                    part[r] = part[r] + exp2_term<A>(fmadd(c, slope, scores - Vec<A>(guess[first + r])));
+                  });
+                });
+              });
+          for (int r = 0; r < kBlockRows; ++r) sum[first + r] += sum_of(part[r]);
+        }
+      });
+}
+
+// The same of kRows rows of a matrix.
+template <class A>
+void guessed_sums_matrix(const SoftMin& call, int64_t i, const A* guess, double* sum) {
+  const Pairs& p = call.pairs;
+  const A* const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e));
   Rows<A, kRows> tile;
   for_tiles(
       p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        raw_costs<A, kRows>(p, i, j, count, tile);
+        matrix_costs<A, kRows>(p, i, j, count, tile);
         for (int r = 0; r < kRows; ++r) {
+          const Vec<A> near(guess[r]);
           Vec<A> part(A(0));
           for (int64_t l = 0; l < count; l += kLanes<A>)
-            part = part + exp2_capped<A>(fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l) - guess[r]));
+            part = part + exp2_term<A>(fmadd(load<A>(tile[r] + l), slope, load<A>(score + j + l) - near));
           sum[r] += sum_of(part);
         }
       });
 }
 
-// False where a guess was too far off: terms that matter may have left the range.
+// rows up to kChunk; the arrays have room for whole blocks of them.
 template <class A>
-bool soft_min_from_guess(const SoftMin& call, int64_t i, int64_t count) {
+void guessed_sums(const SoftMin& call, int64_t i, int64_t rows, const A* guess, double* sum) {
   const Pairs& p = call.pairs;
-  Vec<A> guess[kRows];
-  A near[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    near[r] = static_cast<A>(call.out[std::min(i + r, i + count - 1)]);
-    guess[r] = Vec<A>(near[r]);
-  }
-  double sum[kRows] = {};
-  switch (p.cost == kCostMatrix ? 0 : p.dims) {
+  const auto blocks = [&](auto few) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < rows; r += kRows) few(call, i + r, guess + r, sum + r);
+  };
+  if (p.cost == kCostMatrix) return blocks(guessed_sums_matrix<A>);
+  if (p.products) return guessed_sums_many<A, true, false>(call, i, rows, guess, sum);
+  switch (p.dims) {
     case 1:
-      guessed_sums_of<A, 1>(call, i, guess, sum);
-      break;
+      return blocks(guessed_sums_few<A, 1>);
     case 2:
-      guessed_sums_of<A, 2>(call, i, guess, sum);
-      break;
+      return blocks(guessed_sums_few<A, 2>);
     case 3:
-      guessed_sums_of<A, 3>(call, i, guess, sum);
-      break;
+      return blocks(guessed_sums_few<A, 3>);
     case 4:
-      guessed_sums_of<A, 4>(call, i, guess, sum);
-      break;
+      return blocks(guessed_sums_few<A, 4>);
     default:
-      guessed_sums_any<A>(call, i, guess, sum);
+      return p.cost == kEuclidean ? guessed_sums_many<A, false, true>(call, i, rows, guess, sum)
+                                  : guessed_sums_many<A, false, false>(call, i, rows, guess, sum);
   }
-  for (int r = 0; r < count; ++r)
-    if (!(sum[r] > 0x1p-60 && sum[r] < 0x1p100)) return false;
-  for (int r = 0; r < count; ++r) call.out[i + r] = static_cast<double>(near[r]) + std::log2(sum[r]);
-  return true;
 }
 
-// Each lane keeps a maximum and a sum of its own, so that no tile ends in a horizontal reduction.
+// Of kRows rows, without a guess. Each lane keeps a maximum and a sum of its own, so that no tile ends in a horizontal
+// reduction.
 template <class A>
-void soft_min_from_maximum(const SoftMin& call, int64_t i, int64_t rows) {
+void soft_min_from_maximum(const SoftMin& call, int64_t i, double (&out)[kRows]) {
   const Pairs& p = call.pairs;
   const A* const score = static_cast<const A*>(call.score);
   const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
@@ -350,18 +422,30 @@ void soft_min_from_maximum(const SoftMin& call, int64_t i, int64_t rows) {
           best[r] = top;
         }
       });
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     const A top = max_lane(best[r]);
     const double total = sum_of(sum[r] * exp2_of(best[r] - Vec<A>(top)));
-    call.out[i + r] = static_cast<double>(top) + std::log2(total);
+    out[r] = static_cast<double>(top) + std::log2(total);
   }
 }
 
+// From the guesses; where one was too far off, terms that matter may have left the range. No row depends on those
+// beside it, so that the split over threads changes no bit.
 template <class A>
 void soft_min_rows(const SoftMin& call, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, end - i);
-    if (!soft_min_from_guess<A>(call, i, rows)) soft_min_from_maximum<A>(call, i, rows);
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t rows = std::min(kChunk, end - i);
+    A guess[kChunk];
+    double sum[kChunk] = {};
+    for (int64_t r = 0; r < kChunk; ++r) guess[r] = static_cast<A>(call.out[i + std::min(r, rows - 1)]);
+    guessed_sums<A>(call, i, rows, guess, sum);
+    for (int64_t first = 0; first < rows; first += kRows) {
+      const int64_t last = std::min(first + kRows, rows);
+      double exact[kRows];
+      if (!std::all_of(sum + first, sum + last, is_usable)) soft_min_from_maximum<A>(call, i + first, exact);
+      for (int64_t r = first; r < last; ++r)
+        call.out[i + r] = is_usable(sum[r]) ? static_cast<double>(guess[r]) + std::log2(sum[r]) : exact[r - first];
+    }
   }
 }
 
@@ -417,6 +501,153 @@ void cost_range_rows(const CostRange& call, int64_t begin, int64_t end) {
         });
     call.low[i] = static_cast<double>(min_lane(low));
     call.high[i] = static_cast<double>(max_lane(high));
+  }
+}
+
+// -- First derivatives by the points ----------------------------------------------------------------------------------
+
+// Of one row, while its columns are visited: the sums of Q and of Q times x - y, or times its direction for euclidean.
+struct Pull {
+  double sum = 0;
+  double* direction = nullptr;  // one a dimension
+};
+
+// What multiplies x - y: Q itself, or Q/|x - y| and 0 at 0.
+template <class A>
+TD_INLINE Vec<A> pull_of(Vec<A> q, Vec<A> distance, bool root) {
+  return root ? select(distance > Vec<A>(A(0)), q / distance, Vec<A>(A(0))) : q;
+}
+
+// Two rows in few dimensions: their sums stay in registers.
+constexpr int kPullRows = 2;
+template <class A, int D>
+void pull_few(const SoftMin& call, int64_t i, const A* guesses, Pull* out) {
+  const Pairs& p = call.pairs;
+  const A *const x = static_cast<const A*>(p.x), *const y = static_cast<const A*>(p.y),
+                 *const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  Vec<A> xi[kPullRows][D];
+  unrolled<kPullRows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<D>([&](auto k)
+                    __attribute__((always_inline)) { xi[r][k] = Vec<A>(x[k * p.x_stride + row_of(p, i + r)]); });
+  });
+  const auto sums = [&](auto root) __attribute__((always_inline)) {
+    for_tiles(
+        p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+          Vec<A> sum[kPullRows], direction[kPullRows][D];
+          unrolled<kPullRows>([&](auto r) __attribute__((always_inline)) {
+            sum[r] = Vec<A>(A(0));
+            unrolled<D>([&](auto k) __attribute__((always_inline)) { direction[r][k] = Vec<A>(A(0)); });
+          });
+          for (int64_t l = j; l < j + count; l += kLanes<A>) {
+            Vec<A> yk[D];
+            unrolled<D>([&](auto k) __attribute__((always_inline)) { yk[k] = load<A>(y + k * p.y_stride + l); });
+            const Vec<A> s = load<A>(score + l);
+            unrolled<kPullRows>([&](auto r) __attribute__((always_inline)) {
+              Vec<A> d[D], c(A(0));
+              unrolled<D>([&](auto k) __attribute__((always_inline)) {
+                d[k] = xi[r][k] - yk[k];
+                c = fmadd(d[k], d[k], c);
+              });
+              if constexpr (decltype(root)::value) c = c.sqrt();
+              const Vec<A> q = exp2_term<A>(fmadd(c, slope, s - Vec<A>(guesses[r])));
+              sum[r] = sum[r] + q;
+              const Vec<A> pull = pull_of<A>(q, c, decltype(root)::value);
+              unrolled<D>([&](auto k)
+                              __attribute__((always_inline)) { direction[r][k] = fmadd(pull, d[k], direction[r][k]); });
+            });
+          }
+          unrolled<kPullRows>([&](auto r) __attribute__((always_inline)) {
+            out[r].sum += sum_of(sum[r]);
+            unrolled<D>([&](auto k) __attribute__((always_inline)) { out[r].direction[k] += sum_of(direction[r][k]); });
+          });
+        });
+  };
+  p.cost == kEuclidean ? sums(std::true_type()) : sums(std::false_type());
+}
+
+// kRows rows in any dimension: Q a tile at a time, then one dimension after the other.
+template <class A>
+void pull_many(const SoftMin& call, int64_t i, const A* guess, Pull* out) {
+  const Pairs& p = call.pairs;
+  const Layout<A> at(p);
+  const A* const score = static_cast<const A*>(call.score);
+  const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
+  const bool root = p.cost == kEuclidean;
+  Rows<A, kRows> tile;
+  const A* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = at.row(row_of(p, i + r));
+  for_tiles(
+      p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+        raw_costs<A, kRows>(p, i, j, count, tile);
+        for (int r = 0; r < kRows; ++r) {
+          const Vec<A> near(guess[r]);
+          Vec<A> sum(A(0));
+          for (int64_t l = 0; l < count; l += kLanes<A>) {
+            const Vec<A> c = load<A>(tile[r] + l), q = exp2_term<A>(fmadd(c, slope, load<A>(score + j + l) - near));
+            sum = sum + q;
+            pull_of<A>(q, c, root).store(tile[r] + l);
+          }
+          out[r].sum += sum_of(sum);
+        }
+        for (int64_t k = 0; k < p.dims; ++k) {
+          Vec<A> xk[kRows], direction[kRows];
+          unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+            xk[r] = Vec<A>(x[r][k * at.x_stride]);
+            direction[r] = Vec<A>(A(0));
+          });
+          for (int64_t l = 0; l < count; l += kLanes<A>) {
+            const Vec<A> yk = load<A>(at.column(j + l) + k * at.y_stride);
+            unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+              direction[r] = fmadd(load<A>(tile[r] + l), xk[r] - yk, direction[r]);
+            });
+          }
+          unrolled<kRows>([&](auto r) __attribute__((always_inline)) { out[r].direction[k] += sum_of(direction[r]); });
+        }
+      });
+}
+
+// As in a soft minimum, a guess too far off is replaced by the minimum itself.
+template <class A>
+void point_gradient_rows(const PointGradient& call, int64_t begin, int64_t end) {
+  const Pairs& p = call.pairs;
+  const auto directions = std::make_unique_for_overwrite<double[]>(static_cast<size_t>(kRows * p.dims));
+  const double factor = p.cost == kSqEuclidean ? 2 : 1;
+  for (int64_t i = begin; i < end; i += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, end - i);
+    Pull pull[kRows];
+    for (int64_t r = 0; r < kRows; ++r) pull[r].direction = directions.get() + r * p.dims;
+    const auto visit = [&] {
+      A guess[kRows];
+      for (int64_t r = 0; r < kRows; ++r) {
+        guess[r] = static_cast<A>(call.out[i + std::min(r, rows - 1)]);
+        pull[r].sum = 0;
+        std::fill_n(pull[r].direction, p.dims, 0.0);
+      }
+      const auto few = [&](auto visit_few) {
+        for (int r = 0; r < kRows; r += kPullRows) visit_few(call, i + r, guess + r, pull + r);
+      };
+      switch (p.products ? 0 : p.dims) {
+        case 1:
+          return few(pull_few<A, 1>);
+        case 2:
+          return few(pull_few<A, 2>);
+        case 3:
+          return few(pull_few<A, 3>);
+        case 4:
+          return few(pull_few<A, 4>);
+        default:
+          return pull_many<A>(call, i, guess, pull);
+      }
+    };
+    visit();
+    if (!std::all_of(pull, pull + rows, [](const Pull& v) { return is_usable(v.sum); })) {
+      soft_min_rows<A>(call, i, i + rows);
+      visit();
+    }
+    A* to = static_cast<A*>(call.gradient) + i * p.dims;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < p.dims; ++k, ++to) *to = static_cast<A>(factor * pull[r].direction[k] / pull[r].sum);
   }
 }
 
@@ -588,6 +819,9 @@ void sinkhorn_soft_min(const SoftMin& call, int64_t begin, int64_t end) {
 }
 void sinkhorn_soft_min_flat(const SoftMinFlat& call, int64_t begin, int64_t end) {
   call.pairs.is_double ? soft_min_flat_rows<double>(call, begin, end) : soft_min_flat_rows<float>(call, begin, end);
+}
+void sinkhorn_point_gradient(const PointGradient& call, int64_t begin, int64_t end) {
+  call.pairs.is_double ? point_gradient_rows<double>(call, begin, end) : point_gradient_rows<float>(call, begin, end);
 }
 void sinkhorn_cost_range(const CostRange& call, int64_t begin, int64_t end) {
   call.pairs.is_double ? cost_range_rows<double>(call, begin, end) : cost_range_rows<float>(call, begin, end);

@@ -167,7 +167,7 @@ template <class A>
 void backward_sample(const Batch& batch, int64_t s, double grad, const Vector& f, const Vector& g,
                      const std::array<Tensor, 5>& out, Mask mask) {
   const Problem p = batch.problem(s);
-  const auto sample = batch.sample<A>(s);
+  auto sample = batch.sample<A>(s);
   const double twice = batch.symmetric ? 2 : 1;
   if (batch.code == kCostMatrix) {
     if (mask[0]) {
@@ -180,23 +180,17 @@ void backward_sample(const Batch& batch, int64_t s, double grad, const Vector& f
     }
   } else {
     // Each side's plan is scaled to the marginal aimed at, which before convergence is the better gradient.
-    const auto side = [&](Side which, const Vector& potential, const Vector& other, const Vector& own,
-                          const Vector& weight, double rho, A* to) {
-      Sweep<A> sweep(sample, which, p.eps, potential, other);
-      sweep.call.b = sweep.columns(weight);
-      sweep.call.alpha = 1;
-      const Vector& sum = sweep.wanted(sweep.call.sum);
-      sweep.call.gradient = to;
-      sweep.run();
+    const auto side = [&](Side which, const Vector& own, const Vector& other, const Vector& weight, double rho, A* to) {
+      sample.point_gradient(p, which, own, other, to);
       for (size_t i = 0; i < own.size(); ++i) {
-        const double factor = own[i] > 0 ? twice * grad * own[i] * relaxation(potential[i], rho) / sum[i] : 0;
-        for (int64_t k = 0; k < batch.dims; ++k, ++to) *to = static_cast<A>(static_cast<double>(*to) * factor);
+        const double factor = twice * grad * weight[i] * relaxation(own[i], rho);
+        for (int64_t k = 0; k < batch.dims; ++k, ++to)
+          *to = weight[i] > 0 ? static_cast<A>(static_cast<double>(*to) * factor) : A(0);
       }
     };
-    if (mask[0])
-      side(Side::Rows, f, g, p.a, p.b, p.rho_a, out[0].mutable_data_ptr<A>() + batch.row_start(s) * batch.dims);
+    if (mask[0]) side(Side::Rows, f, g, p.a, p.rho_a, out[0].mutable_data_ptr<A>() + batch.row_start(s) * batch.dims);
     if (mask[1])
-      side(Side::Columns, g, f, p.b, p.a, p.rho_b, out[1].mutable_data_ptr<A>() + batch.col_start(s) * batch.dims);
+      side(Side::Columns, g, f, p.b, p.rho_b, out[1].mutable_data_ptr<A>() + batch.col_start(s) * batch.dims);
   }
   const auto weights = [&](Vector v, double rho, double other_mass) {
     transform(v, [&](double t, size_t) { return twice * grad * weight_gradient(t, p.eps, rho, other_mass); });

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <limits>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "sinkhorn/sinkhorn.h"
@@ -40,6 +43,7 @@ class Sample {
       set_offsets(x_, offset_x_);
       set_offsets(y_, offset_y_);
     }
+    if (dims_ > kDifferences && cost_ != kEuclidean) set_products();
   }
 
   int64_t count(Side side) const { return side == Side::Rows ? n_ : m_; }
@@ -53,20 +57,22 @@ class Sample {
     return out;
   }
 
-  Pairs pairs(Side side) const {
+  Pairs pairs(Side side, bool products = false) const {
     const bool rows = side == Side::Rows;
+    const std::vector<A>&x = products ? panels_x_ : x_, &y = products ? panels_y_ : y_;
     return {std::is_same_v<A, double>,
             cost_,
             rows ? n_ : m_,
             rows ? m_ : n_,
             dims_,
-            rows ? x_.data() : y_.data(),
-            rows ? y_.data() : x_.data(),
+            rows ? x.data() : y.data(),
+            rows ? y.data() : x.data(),
             padded(rows ? n_ : m_),
             padded(rows ? m_ : n_),
             matrix_,
             rows ? m_ : 1,
-            rows ? 1 : m_};
+            rows ? 1 : m_,
+            products};
   }
   // What cosine adds to the cost of the points of a side: 1/2 for a zero vector.
   const Vector& offset(Side side) const { return side == Side::Rows ? offset_x_ : offset_y_; }
@@ -91,35 +97,31 @@ class Sample {
   // The soft c-transform onto `side` of a problem over these pairs. out: going in, the potential of that side so far.
   void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) {
     const bool rows = side == Side::Rows;
-    const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
-                 &col_offset = rows ? offset_y_ : offset_x_;
-    const int64_t cols = rows ? m_ : n_;
-    const double inv_eps = 1 / eps;
     if (eps > p.spread()) {
+      const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
+                   &col_offset = rows ? offset_y_ : offset_x_;
+      const int64_t cols = rows ? m_ : n_;
       const double mass = sum_of(weight);
       const auto g =
           columns(cols, kNoScore, [&](size_t j) { return weight[j] > 0 ? potential[j] - col_offset[j] : kNoScore; });
       const auto share = columns(cols, 0, [&](size_t j) { return weight[j] / mass; });
       run_rows(TD_CPU_KERNEL(sinkhorn_soft_min_flat),
-               SoftMinFlat{pairs(side), g.data(), share.data(), inv_eps, out.data()});
+               SoftMinFlat{pairs(side), g.data(), share.data(), 1 / eps, out.data()});
       const double shift = eps * std::log(mass);
       for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - (out[i] + shift);
       return;
     }
-    // Kept from one update to the next: for a few points, logarithms and memory cost more than the pairs.
-    Vector& log_weight = log_weight_[rows];
-    if (log_weight.empty()) {
-      log_weight.resize(weight.size());
-      for (size_t j = 0; j < weight.size(); ++j) log_weight[j] = weight[j] > 0 ? std::log2(weight[j]) : kNoScore;
-    }
-    std::vector<A>& score = score_[rows];
-    score.resize(static_cast<size_t>(padded(cols)), static_cast<A>(kNoScore));
-    for (size_t j = 0; j < weight.size(); ++j)
-      score[j] =
-          static_cast<A>(weight[j] > 0 ? log_weight[j] + (potential[j] - col_offset[j]) * inv_eps * kLog2e : kNoScore);
-    for (size_t i = 0; i < out.size(); ++i) out[i] = (row_offset[i] - out[i]) * inv_eps * kLog2e;
-    run_rows(TD_CPU_KERNEL(sinkhorn_soft_min), SoftMin{pairs(side), score.data(), inv_eps, out.data()});
+    const auto [call, row_offset] = scored(p, side, potential, eps, out);
+    run_rows(TD_CPU_KERNEL(sinkhorn_soft_min), call);
     for (size_t i = 0; i < out.size(); ++i) out[i] = row_offset[i] - eps / kLog2e * out[i];
+  }
+
+  // d1C averaged over the conditional distribution of the other side's atoms: (count(side), dims). own: its potential.
+  void point_gradient(const Problem& p, Side side, Vector own, const Vector& other, A* out) {
+    const double k = k_of(p.eps, side == Side::Rows ? p.rho_a : p.rho_b);
+    for (double& v : own) v *= k;
+    const auto [call, row_offset] = scored(p, side, other, p.eps, own);
+    run_rows(TD_CPU_KERNEL(sinkhorn_point_gradient), PointGradient{call, out});
   }
 
   template <class F>
@@ -139,13 +141,78 @@ class Sample {
     }
   }
 
+  // Points of up to so many dimensions always go by differences: there products save next to nothing.
+  static constexpr int64_t kDifferences = 4;
+  // The rounding of an inner product is that of the squares beside it, which may be so many eps, or so many times the
+  // least cost. In float this keeps an entry of the plan within 1e-5 of itself, or as near as differences would.
+  static constexpr double kSquaresOfEps = 128, kSquaresOfCost = 4;
+
+  bool by_products(const Problem& p, double eps) const {
+    return squares_ <= std::max(kSquaresOfEps * eps, kSquaresOfCost * p.cost_low);
+  }
+
+  // The call of a soft minimum at potentials of the other side, and what to subtract its result from. guess: going in,
+  // the potential of this side; then the result's place.
+  std::pair<SoftMin, const Vector&> scored(const Problem& p, Side side, const Vector& potential, double eps,
+                                           Vector& guess) {
+    const bool rows = side == Side::Rows, products = by_products(p, eps);
+    const Vector &weight = rows ? p.b : p.a, &x_offset = products ? square_x_ : offset_x_,
+                 &y_offset = products ? square_y_ : offset_y_;
+    const Vector &row_offset = rows ? x_offset : y_offset, &col_offset = rows ? y_offset : x_offset;
+    const double per_eps = kLog2e / eps;
+    // Kept from one update to the next: for a few points, logarithms and memory cost more than the pairs.
+    Vector& log_weight = log_weight_[rows];
+    if (log_weight.empty()) {
+      log_weight.resize(weight.size());
+      for (size_t j = 0; j < weight.size(); ++j) log_weight[j] = weight[j] > 0 ? std::log2(weight[j]) : kNoScore;
+    }
+    std::vector<A>& score = score_[rows];
+    score.resize(static_cast<size_t>(padded(static_cast<int64_t>(weight.size()))), static_cast<A>(kNoScore));
+    for (size_t j = 0; j < weight.size(); ++j)
+      score[j] = static_cast<A>(weight[j] > 0 ? log_weight[j] + (potential[j] - col_offset[j]) * per_eps : kNoScore);
+    for (size_t i = 0; i < guess.size(); ++i) guess[i] = (row_offset[i] - guess[i]) * per_eps;
+    return {SoftMin{pairs(side, products), score.data(), 1 / eps, guess.data()}, row_offset};
+  }
+
+  // The points as panels about the middle of the box around both clouds, and their squares times the cost's scale
+  // beside the offsets. Of the centred points as rounded: squares and products are of the same points.
+  void set_products() {
+    const auto rows = static_cast<size_t>(n_), cols = static_cast<size_t>(m_),
+               row_stride = static_cast<size_t>(padded(n_)), col_stride = static_cast<size_t>(padded(m_));
+    panels_x_.resize(x_.size());
+    panels_y_.resize(y_.size());
+    square_x_ = offset_x_;
+    square_y_ = offset_y_;
+    const double scale = cost_ == kHalfSqEuclidean ? 0.5 : 1;
+    for (size_t k = 0; k < static_cast<size_t>(dims_); ++k) {
+      const A *const x = x_.data() + k * row_stride, *const y = y_.data() + k * col_stride;
+      const auto [low_x, high_x] = std::minmax_element(x, x + rows);
+      const auto [low_y, high_y] = std::minmax_element(y, y + cols);
+      const A middle = std::midpoint(std::min(*low_x, *low_y), std::max(*high_x, *high_y));
+      const auto centre = [&](const A* from, std::vector<A>& panels, Vector& square) {
+        for (size_t i = 0; i < square.size(); ++i) {
+          const A v = from[i] - middle;
+          panels[(i / kPad * static_cast<size_t>(dims_) + k) * kPad + i % kPad] = v;
+          square[i] += scale * static_cast<double>(v) * static_cast<double>(v);
+        }
+      };
+      centre(x, panels_x_, square_x_);
+      centre(y, panels_y_, square_y_);
+    }
+    if (std::isfinite(sum_of(square_x_)) && std::isfinite(sum_of(square_y_)))
+      squares_ =
+          *std::max_element(square_x_.begin(), square_x_.end()) + *std::max_element(square_y_.begin(), square_y_.end());
+  }
+
   int cost_;
   int64_t n_, m_, dims_;
-  std::vector<A> x_, y_;
+  std::vector<A> x_, y_, panels_x_, panels_y_;
   const A* matrix_ = nullptr;
   Vector log_weight_[2];  // log2 of the columns' weights, by whether the rows are x's
   std::vector<A> score_[2];
-  Vector offset_x_, offset_y_;
+  Vector offset_x_, offset_y_, square_x_, square_y_;
+  // The largest squares of both sides, in units of cost; infinite: products are never used.
+  double squares_ = std::numeric_limits<double>::infinity();
 };
 
 // A PairSweep under construction: keeps the arrays that it points to. f and g are the potentials of rows and columns.
