@@ -140,6 +140,16 @@ struct TopkBackward {
   double* grad_log_probs;  // rows x k; null: not wanted
   double* grad_tail;       // rows; null: not wanted
 };
+// Forward and input's gradient in a row's one visit to memory: loss[i] = L_i, which is 0 for a row of weight 0. Not for
+// half types.
+struct TopkValueAndGrad {
+  TopkRows rows;
+  const double* weight;  // may be null: 1
+  double scale;          // gradient = scale weight[i] dL_i
+  double* loss;
+  double* stat;
+  RowsOut grad_input;
+};
 // Along (v_input, v_log_probs, v_tail), any of which may be absent: d_coefficient[i] = <v, gradient of L_i>, and
 // coefficient[i] (Hessian of L_i) v.
 struct TopkDoubleBackward {
@@ -159,6 +169,8 @@ TD_DECLARE_CPU_KERNEL(kl_div_topk_forward,
                       (const TopkForward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 TD_DECLARE_CPU_KERNEL(kl_div_topk_backward,
                       (const TopkBackward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
+TD_DECLARE_CPU_KERNEL(kl_div_topk_value_and_grad,
+                      (const TopkValueAndGrad&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 TD_DECLARE_CPU_KERNEL(kl_div_topk_double_backward,
                       (const TopkDoubleBackward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 
