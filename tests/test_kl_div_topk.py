@@ -352,6 +352,62 @@ def test_half_types(dtype: torch.dtype) -> None:
     assert torch.equal(mixed, loss)
 
 
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("tail", "direction", "space"), CHOICES)
+def test_value_and_grad(tail: str, direction: str, space: str, dtype: torch.dtype, near: bool) -> None:
+    """Loss and gradient of one visit are those of the two operators."""
+    options = {"tail": tail, "direction": direction, "space": space}
+    if space == "logits":
+        options["temperature"] = 1.5
+    for classes, k in ((9, 4), (9, 9), (100, 64), (5000, 40)):
+        x, indices, log_probs = draw(5, classes, k, dtype, space)
+        if near:
+            student = torch.randn(5, classes, dtype=torch.float64)
+            log_probs, indices = (student / options.get("temperature", 1.0)).log_softmax(-1).topk(k)
+            x, log_probs = to_space(student + 1e-3 * student.sin(), space).to(dtype), log_probs.to(dtype)
+        x.requires_grad_()
+        weight = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.0], dtype=dtype)
+        rows = td.kl_div_topk(x, indices, log_probs, reduction="none", **options)
+        expected = (weight * rows).sum() / 4.5
+        loss = td.kl_div_topk(x, indices, log_probs, row_weight=weight, **options)
+        assert "ValueAndGrad" in loss.grad_fn.name()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss, expected, rtol=10 * eps, atol=eps * rows.detach().abs().max().item())
+        for incoming in (1.0, 3.0):
+            g, e = (
+                torch.autograd.grad(v, x, torch.tensor(incoming, dtype=dtype), retain_graph=True)[0]
+                for v in (loss, expected)
+            )
+            size = e.abs().amax(-1, keepdim=True)
+            assert ((g - e).abs() <= ROW_ACCURACY[dtype] * size).all() and not g[2].any()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (again,) = torch.autograd.grad(expected, x, create_graph=True)
+        torch.testing.assert_close(first, again)
+        v = torch.randn_like(x)
+        torch.testing.assert_close(torch.autograd.grad(first, x, v)[0], torch.autograd.grad(again, x, v)[0])
+
+
+def test_value_and_grad_where_nothing_else_is_asked() -> None:
+    x, indices, log_probs = draw(3, 6, 2)
+    leaf, teacher = x.clone().requires_grad_(), log_probs.clone().requires_grad_()
+    one_visit = td.kl_div_topk(leaf, indices, log_probs)
+    assert "ValueAndGrad" in one_visit.grad_fn.name()
+    one_visit.backward()
+    for loss in (
+        td.kl_div_topk(leaf, indices, teacher),
+        td.kl_div_topk(leaf, indices, log_probs, tail_log_prob=teacher[:, 0] - 2),
+        td.kl_div_topk(leaf, indices, log_probs, reduction="none").mean(),
+        td.kl_div_topk(leaf.to(torch.bfloat16), indices, log_probs.to(torch.bfloat16) - 0.05),
+    ):
+        assert "ValueAndGrad" not in loss.grad_fn.name()
+    with pytest.raises(ValueError, match="twice in row 0"):
+        td.kl_div_topk(leaf, indices[:, :1].expand(-1, 2), log_probs)
+    # what a row marks is taken back before the next one
+    shared = td.kl_div_topk(leaf, indices[:1].expand(3, -1), log_probs[:1].expand(3, -1))
+    assert shared.isfinite()
+
+
 @pytest.mark.parametrize(("tail", "direction", "space"), FEW)
 def test_torch_func(tail: str, direction: str, space: str) -> None:
     x, indices, log_probs = draw(3, 6, 2, space=space)
@@ -386,6 +442,11 @@ def test_opcheck(tail: str, direction: str, space: str) -> None:
     for left in (None, torch.full((3,), -2.0, dtype=torch.float64))[: 2 if tail == "bucket" else 1]:
         _, stat = OPS._kl_div_topk(x, indices, log_probs, left, weight, *static)
         for needs in (False, True):
+            visited = x.clone().requires_grad_(needs)
+            torch.library.opcheck(
+                OPS._kl_div_topk_value_and_grad.default,
+                (visited, indices, log_probs, left, None if needs else weight, *static, 0.25, 2.0),
+            )
             a, b, grad = (t.clone().requires_grad_(needs) for t in (x, log_probs, weight + 1))
             c = None if left is None else left.clone().requires_grad_(needs)
             torch.library.opcheck(OPS._kl_div_topk.default, (a, indices, b, c, weight, *static))

@@ -1,4 +1,4 @@
-// Comparisons whose result stays in a mask register where there are such, and the natural logarithm of float vectors.
+// Masks that stay in a mask register where there are such, and the natural logarithm of float vectors.
 #pragma once
 #include "core/log_series.h"
 #include "core/vec_math.h"
@@ -17,6 +17,30 @@ TD_INLINE Vec<A> less(Vec<A> a, Vec<A> b) {
   return a < b;
 }
 #endif
+
+// The mask of kLanes<A> marks: bytes that are 0 or -1.
+template <class A>
+TD_INLINE auto mask_of(const int8_t* marks) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    return _mm_movepi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(marks)));
+  } else {
+    return static_cast<__mmask8>(_mm_movepi8_mask(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(marks))));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, float>) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(marks));
+    return Vec<A>(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(eight)));
+  } else {
+    const __m128i four = _mm_loadu_si32(marks);
+    return Vec<A>(_mm256_castsi256_pd(_mm256_cvtepi8_epi64(four)));
+  }
+#else
+  A lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<A>(marks[i]);
+  return Vec<A>::loadu(lanes) != Vec<A>(A(0));
+#endif
+}
 
 // log u in float, as the one in double of vec_math.h: for a normal u > 0 of which u - 1 is known better than from u
 // itself. u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).

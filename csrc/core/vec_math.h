@@ -131,9 +131,44 @@ TD_INLINE void store(T* y, Vec<A> v) {
   }
 }
 
-// The first count lanes; the others are fill.
+// What masked loads and stores of the first count lanes take.
+#if defined(CPU_CAPABILITY_AVX512)
+template <class A>
+TD_INLINE std::conditional_t<std::is_same_v<A, float>, __mmask16, __mmask8> first_lanes(int64_t count) {
+  return static_cast<std::conditional_t<std::is_same_v<A, float>, __mmask16, __mmask8>>((1u << count) - 1);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <class A>
+TD_INLINE __m256i first_lanes(int64_t count) {
+  if constexpr (std::is_same_v<A, float>) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+#endif
+
+// The first count lanes; the others are fill. What lies behind them in memory is not touched.
 template <class A, class T>
 TD_INLINE Vec<A> load(const T* x, int64_t count, A fill) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, T>) {
+    if constexpr (std::is_same_v<A, float>) {
+      return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes<A>(count), x);
+    } else {
+      return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), first_lanes<A>(count), x);
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, T>) {
+    const __m256i mask = first_lanes<A>(count);
+    if constexpr (std::is_same_v<A, float>) {
+      return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(x, mask), _mm256_castsi256_ps(mask));
+    } else {
+      return _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(x, mask), _mm256_castsi256_pd(mask));
+    }
+  }
+#endif
   T lanes[kLanes<A>];
   for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<T>(fill);
   std::memcpy(lanes, x, static_cast<size_t>(count) * sizeof(T));
@@ -141,6 +176,23 @@ TD_INLINE Vec<A> load(const T* x, int64_t count, A fill) {
 }
 template <class A, class T>
 TD_INLINE void store(T* y, Vec<A> v, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, T>) {
+    if constexpr (std::is_same_v<A, float>) {
+      return _mm512_mask_storeu_ps(y, first_lanes<A>(count), v);
+    } else {
+      return _mm512_mask_storeu_pd(y, first_lanes<A>(count), v);
+    }
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, T>) {
+    if constexpr (std::is_same_v<A, float>) {
+      return _mm256_maskstore_ps(y, first_lanes<A>(count), v);
+    } else {
+      return _mm256_maskstore_pd(y, first_lanes<A>(count), v);
+    }
+  }
+#endif
   T lanes[kLanes<A>];
   store<A>(lanes, v);
   std::memcpy(y, lanes, static_cast<size_t>(count) * sizeof(T));
@@ -229,30 +281,71 @@ TD_INLINE int first_lane(Vec<A> mask) {
   return __builtin_ctz(~static_cast<unsigned>(mask.zero_mask()));
 }
 
-// In double: a lane may hold 1 and its neighbour 1e-9.
-template <class A>
-TD_INLINE double sum_of(Vec<A> v) {
+// op over all lanes, lower half against upper half until one is left; op takes vector registers as it takes numbers.
+template <class A, class Op>
+TD_INLINE A fold(Vec<A> v, const Op& op) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, float>) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 whole = v;
+    const __m256 eight = op(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+    const __m256 eight = v;
+#endif
+    const __m128 four = op(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = op(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(op(two, _mm_movehdup_ps(two)));
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512d whole = v;
+    const __m256d four = op(_mm512_castpd512_pd256(whole), _mm512_extractf64x4_pd(whole, 1));
+#else
+    const __m256d four = v;
+#endif
+    const __m128d two = op(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(op(two, _mm_unpackhi_pd(two, two)));
+  }
+#else
   A lanes[kLanes<A>];
   v.store(lanes);
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
+  for (int n = kLanes<A> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = op(lanes[i], lanes[i + n]);
+  return lanes[0];
+#endif
+}
+
+TD_INLINE double sum_of(Vec<double> v) {
+  return fold(
+      v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+// In double: a lane may hold 1 and its neighbour 1e-9.
+TD_INLINE double sum_of(Vec<float> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 whole = v;
+  const Vec<double> low = _mm512_cvtps_pd(_mm512_castps512_ps256(whole)),
+                    high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(whole, 1));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 whole = v;
+  const Vec<double> low = _mm256_cvtps_pd(_mm256_castps256_ps128(whole)),
+                    high = _mm256_cvtps_pd(_mm256_extractf128_ps(whole, 1));
+#else
+  float lanes[kLanes<float>];
+  double wide[kLanes<float>];
+  v.store(lanes);
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = static_cast<double>(lanes[i]);
+  const auto low = Vec<double>::loadu(wide), high = Vec<double>::loadu(wide + kLanes<double>);
+#endif
+  return sum_of(low + high);
 }
 template <class A>
 TD_INLINE A max_lane(Vec<A> v) {
-  A lanes[kLanes<A>];
-  v.store(lanes);
-  A best = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  return fold(
+      v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 template <class A>
 TD_INLINE A min_lane(Vec<A> v) {
-  A lanes[kLanes<A>];
-  v.store(lanes);
-  A best = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] < best ? lanes[i] : best;
-  return best;
+  return fold(
+      v, [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; });
 }
 
 // e^x at about 1 ulp: k = round(x log2 e), r = x - k ln 2 with ln 2 in two parts (Cody and Waite), a polynomial for e^r

@@ -60,6 +60,15 @@ Tensors3 call_backward(const Tensor& grad, const Tensor& input, const Tensor& in
       "torch_divergence::_kl_div_topk_backward");
   return op.call(grad, input, indices, log_probs, stat, tail_log_prob, o.space, o.tail, o.reverse, o.temperature, mask);
 }
+Tensors3 call_value_and_grad(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                             const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, const Options& o,
+                             double scale, double incoming) {
+  static const auto op = typed_op<Tensors3(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                           const OptionalTensor&, int64_t, int64_t, bool, double, double, double)>(
+      "torch_divergence::_kl_div_topk_value_and_grad");
+  return op.call(input, indices, log_probs, tail_log_prob, row_weight, o.space, o.tail, o.reverse, o.temperature, scale,
+                 incoming);
+}
 Tensors4 call_double_backward(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
                               const OptionalTensor& v_tail, const Tensor& grad, const Tensor& input,
                               const Tensor& indices, const Tensor& log_probs, const Tensor& stat,
@@ -74,7 +83,6 @@ Tensors4 call_double_backward(const OptionalTensor& v_input, const OptionalTenso
 
 // -- CPU and CUDA -----------------------------------------------------------------------------------------------------
 
-const double* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 Tensor double_or_undefined(const OptionalTensor& t) { return t.has_value() ? contiguous_double(*t) : Tensor(); }
 
 // The teacher as the kernels read it: k-sized copies, contiguous, in double.
@@ -185,9 +193,7 @@ Tensors2 rows_dense(const Tensor& input, const Tensor& indices, const Tensor& lo
                     bool reverse, double temperature) {
   const auto weight = checked_weight(kName, row_weight);
   auto loss = at::empty(input.sizes().slice(0, input.dim() - 1), input.options().dtype(loss_dtype(input, log_probs)));
-  at::DimVector stat_sizes(input.sizes());
-  stat_sizes.back() = TopkStat::kSize;
-  auto stat = at::empty(stat_sizes, input.options().dtype(at::kDouble));
+  auto stat = empty_stat(input, TopkStat::kSize);
   const Teacher teacher(indices, log_probs, tail_log_prob, is_for_cuda(input));
   const TopkForward call{teacher.rows(input, {space, tail, reverse, temperature}), data_or_null(weight),
                          loss.mutable_data_ptr(), loss.scalar_type() == at::kDouble, stat.mutable_data_ptr<double>()};
@@ -211,6 +217,27 @@ Tensors3 backward_dense(const Tensor& grad, const Tensor& input, const Tensor& i
                           output_or_null(grad_tail)};
   if (mask[0] || mask[1] || mask[2]) run(TD_CPU_KERNEL(kl_div_topk_backward), call, coefficient.numel(), input);
   return {std::move(grad_input), output_as(grad_log_probs, log_probs), output_as(grad_tail, given_tail)};
+}
+
+Tensors3 value_and_grad_cpu(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                            const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space,
+                            int64_t tail, bool reverse, double temperature, double scale, double incoming) {
+  const auto weight = checked_weight(kName, row_weight);
+  const double* const w = data_or_null(weight);
+  auto stat = empty_stat(input, TopkStat::kSize), grad_input = empty_like_large(input);
+  const auto rows = at::empty(input.sizes().slice(0, input.dim() - 1), stat.options());
+  auto* const losses = rows.mutable_data_ptr<double>();
+  const Teacher teacher(indices, log_probs, tail_log_prob);
+  const TopkValueAndGrad call{teacher.rows(input, {space, tail, reverse, temperature}),
+                              w,
+                              scale * incoming,
+                              losses,
+                              stat.mutable_data_ptr<double>(),
+                              rows_out(grad_input)};
+  run(TD_CPU_KERNEL(kl_div_topk_value_and_grad), call, rows.numel());
+  auto loss = at::empty({}, input.options().dtype(loss_dtype(input, log_probs)));
+  loss.fill_(scale * weighted_sum(w, losses, 1, rows.numel()));
+  return {std::move(loss), std::move(stat), std::move(grad_input)};
 }
 
 Tensors4 double_backward_dense(const OptionalTensor& v_input, const OptionalTensor& v_log_probs,
@@ -260,6 +287,13 @@ Tensors3 backward_meta(const Tensor& grad, const Tensor& input, const Tensor&, c
                        const OptionalTensor& tail_log_prob, int64_t, int64_t, bool, double, Mask3 mask) {
   return {like_if(mask[0], input), contiguous_like_if(mask[1], log_probs),
           contiguous_like_if(mask[2], tail_log_prob.value_or(grad))};
+}
+Tensors3 value_and_grad_meta(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                             const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space,
+                             int64_t tail, bool reverse, double temperature, double, double) {
+  auto [loss, stat] =
+      rows_meta(input, indices, log_probs, tail_log_prob, row_weight, space, tail, reverse, temperature);
+  return {at::empty({}, loss.options()), std::move(stat), at::empty_like(input)};
 }
 Tensors4 double_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& grad,
                               const Tensor& input, const Tensor&, const Tensor& log_probs, const Tensor&,
@@ -399,6 +433,64 @@ struct Gradient : torch::autograd::Function<Gradient> {
   }
 };
 
+ExpectedGradient& expected_gradient() {
+  static ExpectedGradient expected;
+  return expected;
+}
+
+// The stored gradient is the one for `incoming`; where another comes, see core/gradient_buffer.h.
+struct ValueAndGradient : torch::autograd::Function<ValueAndGradient> {
+  static constexpr const char* name = "KlDivTopkValueAndGradBackward";
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& indices,
+                               const Variable& log_probs, const OptionalTensor& tail_log_prob,
+                               const OptionalTensor& row_weight, int64_t space, int64_t tail, bool reverse,
+                               double temperature, double scale, double incoming) {
+    const Options o{space, tail, reverse, temperature};
+    auto [loss, stat, gradient] =
+        call_value_and_grad(input, indices, log_probs, tail_log_prob, row_weight, o, scale, incoming);
+    ctx->save_for_backward(
+        {input, indices, log_probs, stat, tail_log_prob.value_or(Tensor()), row_weight.value_or(Tensor()), gradient});
+    pack(ctx, o);
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["incoming"] = incoming;
+    ctx->mark_non_differentiable({stat, gradient});
+    ctx->set_materialize_grads(false);  // as in row_divergence.h
+    return {loss, stat, gradient};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+    variable_list result(11);
+    const auto& g = incoming[0];
+    if (!g.defined()) return result;
+    auto s = ctx->get_saved_variables();
+    const Options o = unpack(ctx);
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const auto tail = if_defined(s[4]);
+    const Mask3 mask{ctx->needs_input_grad(0), ctx->needs_input_grad(2), tail && ctx->needs_input_grad(3)};
+    if (at::GradMode::is_enabled() || mask[1] || mask[2] || at::isTensorSubclassLike(g) ||
+        at::areAnyTensorSubclassLike(s)) {
+      const auto each = (g * scale).expand_symint(s[0].sym_sizes().slice(0, s[0].dim() - 1));
+      auto [g_input, g_log_probs, g_tail] = call_backward(weighted(each, s[5]), s[0], s[1], s[2], s[3], tail, o, mask);
+      result[0] = undefined_unless(mask[0], g_input);
+      result[2] = undefined_unless(mask[1], g_log_probs);
+      result[3] = undefined_unless(mask[2], g_tail);
+      return result;
+    }
+    Tensor gradient = std::move(s[6]);
+    s[6] = Tensor();
+    result[0] =
+        hand_over(std::move(gradient), ctx->saved_data["incoming"].toDouble(), g.item().toDouble(), expected_gradient(),
+                  [&](double needed) {
+                    return std::get<2>(call_value_and_grad(s[0], s[1], s[2], tail, if_defined(s[5]), o, scale, needed));
+                  });
+    return result;
+  }
+  static variable_list jvp(AutogradContext*, const variable_list&, const variable_list&) {
+    TORCH_INTERNAL_ASSERT(false, kName, ": value_and_grad is not chosen where there is a tangent");
+  }
+};
+
 Tensors2 rows_autograd(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
                        const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space,
                        int64_t tail, bool reverse, double temperature) {
@@ -410,6 +502,14 @@ Tensors3 backward_autograd(const Tensor& grad, const Tensor& input, const Tensor
                            bool reverse, double temperature, Mask3 mask) {
   auto v =
       apply<Gradient>(grad, input, indices, log_probs, stat, tail_log_prob, space, tail, reverse, temperature, mask);
+  return {v[0], v[1], v[2]};
+}
+
+Tensors3 value_and_grad_autograd(const Tensor& input, const Tensor& indices, const Tensor& log_probs,
+                                 const OptionalTensor& tail_log_prob, const OptionalTensor& row_weight, int64_t space,
+                                 int64_t tail, bool reverse, double temperature, double scale, double incoming) {
+  auto v = apply<ValueAndGradient>(input, indices, log_probs, tail_log_prob, row_weight, space, tail, reverse,
+                                   temperature, scale, incoming);
   return {v[0], v[1], v[2]};
 }
 
@@ -612,8 +712,18 @@ Tensor kl_div_topk(const Tensor& input, const Tensor& indices, const Tensor& log
                       ", the shape of input without dim ", class_dim);
   }
   const RowReduction reduce(kName, x, loss_dtype(input, log_probs), row_weight, reduction, normalizer);
-  return reduce(std::get<0>(call_rows(x, last(indices), last(log_probs), tail_log_prob, reduce.weight(),
-                                      {space_code, tail_code, reverse, temperature})));
+  const Options options{space_code, tail_code, reverse, temperature};
+  const auto index = last(indices), given = last(log_probs);
+  const auto constant = [](const OptionalTensor& t) {
+    return !t.has_value() || (!t->requires_grad() && is_plain_eager(*t));
+  };
+  // By the rules of RowDivergence::loss.
+  if (reduce.reduces() && at::GradMode::is_enabled() && x.requires_grad() && !is_half(x) && !is_for_cuda(x) &&
+      is_plain_eager(x) && is_plain_eager(index) && constant(given) && constant(tail_log_prob) &&
+      constant(reduce.weight()) && constant(reduce.normalizer()))
+    return std::get<0>(call_value_and_grad(x, index, given, tail_log_prob, reduce.weight(), options, reduce.scale(),
+                                           expected_gradient().next(x)));
+  return reduce(std::get<0>(call_rows(x, index, given, tail_log_prob, reduce.weight(), options)));
 }
 
 }  // namespace
@@ -634,6 +744,11 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
       "tail_log_prob, int space, int tail, bool reverse, float temperature, bool[3] mask) -> (Tensor, Tensor, Tensor)",
       tags);
   m.def(
+      "_kl_div_topk_value_and_grad(Tensor input, Tensor indices, Tensor log_probs, Tensor? tail_log_prob, Tensor? "
+      "row_weight, int space, int tail, bool reverse, float temperature, float scale, float incoming) -> (Tensor, "
+      "Tensor, Tensor)",
+      tags);
+  m.def(
       "_kl_div_topk_double_backward(Tensor? gg_input, Tensor? gg_log_probs, Tensor? gg_tail_log_prob, Tensor grad, "
       "Tensor input, Tensor indices, Tensor log_probs, Tensor stat, Tensor? tail_log_prob, int space, int tail, bool "
       "reverse, float temperature, bool[4] mask) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -645,6 +760,7 @@ TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { m.impl(
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   m.impl("_kl_div_topk", rows_dense);
   m.impl("_kl_div_topk_backward", backward_dense);
+  m.impl("_kl_div_topk_value_and_grad", value_and_grad_cpu);
   m.impl("_kl_div_topk_double_backward", double_backward_dense);
 }
 #ifdef TD_CUDA
@@ -657,11 +773,13 @@ TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_kl_div_topk", rows_meta);
   m.impl("_kl_div_topk_backward", backward_meta);
+  m.impl("_kl_div_topk_value_and_grad", value_and_grad_meta);
   m.impl("_kl_div_topk_double_backward", double_backward_meta);
 }
 TORCH_LIBRARY_IMPL(torch_divergence, Autograd, m) {
   m.impl("_kl_div_topk", rows_autograd);
   m.impl("_kl_div_topk_backward", backward_autograd);
+  m.impl("_kl_div_topk_value_and_grad", value_and_grad_autograd);
   m.impl("_kl_div_topk_double_backward", double_backward_autograd);
 }
 

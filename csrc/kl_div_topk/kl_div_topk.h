@@ -141,6 +141,16 @@ struct TopkBackward {
   double* grad_log_probs;  // rows x k; null: not wanted
   double* grad_tail;       // rows; null: not wanted
 };
+// Forward and input's gradient in a row's one visit to memory: loss[i] = L_i, which is 0 for a row of weight 0. Not for
+// half types.
+struct TopkValueAndGrad {
+  TopkRows rows;
+  const double* weight;  // may be null: 1
+  double scale;          // gradient = scale weight[i] dL_i
+  double* loss;
+  double* stat;
+  RowsOut grad_input;
+};
 // Along (v_input, v_log_probs, v_tail), any of which may be absent: d_coefficient[i] = <v, gradient of L_i>, and
 // coefficient[i] (Hessian of L_i) v.
 struct TopkDoubleBackward {
@@ -156,8 +166,8 @@ struct TopkDoubleBackward {
   double* d_tail;
 };
 
-// On CUDA: all rows, on a stream; workspace: of as many doubles as kl_div_topk_workspace() says, on the same device. For
-// forward and double_backward the indices of a row ascend, its padding last. A row that is refused is a device-side
+// On CUDA: all rows, on a stream; workspace: of as many doubles as kl_div_topk_workspace() says, on the same device.
+// For forward and double_backward the indices of a row ascend, its padding last. A row that is refused is a device-side
 // assertion, a weight that is negative or not finite makes its row's loss NaN.
 namespace cuda {
 int64_t kl_div_topk_workspace(int64_t rows, int64_t classes);
@@ -170,6 +180,8 @@ TD_DECLARE_CPU_KERNEL(kl_div_topk_forward,
                       (const TopkForward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 TD_DECLARE_CPU_KERNEL(kl_div_topk_backward,
                       (const TopkBackward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
+TD_DECLARE_CPU_KERNEL(kl_div_topk_value_and_grad,
+                      (const TopkValueAndGrad&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 TD_DECLARE_CPU_KERNEL(kl_div_topk_double_backward,
                       (const TopkDoubleBackward&, int64_t begin, int64_t end, ForEach columns, int64_t* bad_row))
 
