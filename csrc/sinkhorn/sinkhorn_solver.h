@@ -7,11 +7,11 @@
 #include <limits>
 #include <vector>
 
+#include "sinkhorn/sinkhorn_iteration.h"
+
 namespace torch_divergence::transport {
 
 using Vector = std::vector<double>;
-
-enum class Side { Rows, Columns };
 
 // One problem of a batch. Rows carry a and f, columns b and g. Symmetric: columns are the rows again, f = g.
 struct Problem {
@@ -39,18 +39,11 @@ struct Solution {
   bool converged = false;
 };
 
-// Annealing, then alternating soft c-transforms with Anderson acceleration of g and, where unbalanced, the translation
-// of Sejourne, Vialard and Peyre, "Faster Unbalanced Optimal Transport", 2022; symmetric problems by averaging (Knight,
-// Ruiz and Ucar, "A Symmetry Preserving Algorithm for Matrix Scaling", 2014), because alternating may crawl there.
-// tol is compared with the marginal error, which costs no pass; 0 runs exactly max_iter iterations. init: g (f where
-// symmetric), or empty.
+// Runs an Iteration on the host. init: g (f where symmetric), or empty.
 Solution solve(const Problem& problem, double tol, int64_t max_iter, const Vector& init);
 
-// sum_i a_i of the dual's term of one side.
-double side_value(const Vector& a, const Vector& f, double rho);
 // d value/d a_i; it exists, one-sided, where a_i = 0.
 double weight_gradient(double f, double eps, double rho, double other_mass);
-inline double k_of(double eps, double rho) { return 1 + eps / rho; }
 double sum_of(const Vector& v);
 double dot(const Vector& u, const Vector& v);
 
