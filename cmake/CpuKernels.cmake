@@ -1,16 +1,20 @@
 # CPU kernels are compiled once per instruction set and chosen when the program runs (csrc/core/cpu_dispatch.h).
 
+option(TD_AVX512 "Build the CPU kernels with AVX-512 too, for processors that have it" ON)
 set(TD_CPU_CAPABILITIES DEFAULT)
 set(TD_RUNNABLE_CPU_CAPABILITIES default)  # in the words of ATEN_CPU_CAPABILITY
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-  list(APPEND TD_CPU_CAPABILITIES AVX2 AVX512)
+  list(APPEND TD_CPU_CAPABILITIES AVX2)
+  if(TD_AVX512)
+    list(APPEND TD_CPU_CAPABILITIES AVX512)
+  endif()
   # The variable is obeyed even where the processor lacks the instructions, so look before a test sets it.
   if(EXISTS /proc/cpuinfo)
     file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
     if(flags MATCHES " avx2 ")
       list(APPEND TD_RUNNABLE_CPU_CAPABILITIES avx2)
     endif()
-    if(flags MATCHES " avx512f " AND flags MATCHES " avx512bw " AND flags MATCHES " avx512dq " AND flags MATCHES " avx512vl ")
+    if(TD_AVX512 AND flags MATCHES " avx512f " AND flags MATCHES " avx512bw " AND flags MATCHES " avx512dq " AND flags MATCHES " avx512vl ")
       list(APPEND TD_RUNNABLE_CPU_CAPABILITIES avx512)
     endif()
   endif()
@@ -32,7 +36,8 @@ function(td_add_cpu_kernels library)
     target_compile_definitions(${objects} PRIVATE AT_PER_OPERATOR_HEADERS CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
     # No link-time optimisation: it could move code with AVX-512 instructions to where every processor runs it.
     # psabi is a note on how vectors are passed without AVX; nobody else calls these functions.
-    target_compile_options(${objects} PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-lto -fopenmp -fno-math-errno
+    # The portable copy is for correctness; -O3 takes twice as long to compile it.
+    target_compile_options(${objects} PRIVATE $<$<NOT:$<CONFIG:Debug>>:$<IF:$<STREQUAL:${capability},DEFAULT>,-O2,-O3>> -fno-lto -fopenmp -fno-math-errno
                                               -fno-trapping-math -Wno-psabi ${TD_FLAGS_${capability}}
                            # GCC takes the undefined lanes of its own AVX-512 intrinsics for uninitialised ones.
                            $<$<AND:$<CXX_COMPILER_ID:GNU>,$<STREQUAL:${capability},AVX512>>:-Wno-maybe-uninitialized -Wno-uninitialized>)

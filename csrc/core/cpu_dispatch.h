@@ -19,9 +19,14 @@ Isa isa();
   namespace cpu::AVX512 {                      \
   void name arguments;                         \
   }
-#define TD_CPU_KERNEL(name)                                                                                        \
-  (::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx512 ? &::torch_divergence::cpu::AVX512::name \
-   : ::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx2 ? &::torch_divergence::cpu::AVX2::name   \
+#ifdef TD_WITHOUT_AVX512  // isa() is never Avx512 then
+#define TD_BEST_CPU_KERNEL(name) &::torch_divergence::cpu::AVX2::name
+#else
+#define TD_BEST_CPU_KERNEL(name) &::torch_divergence::cpu::AVX512::name
+#endif
+#define TD_CPU_KERNEL(name)                                                                                      \
+  (::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx512 ? TD_BEST_CPU_KERNEL(name)             \
+   : ::torch_divergence::cpu::isa() == ::torch_divergence::cpu::Isa::Avx2 ? &::torch_divergence::cpu::AVX2::name \
                                                                           : &::torch_divergence::cpu::DEFAULT::name)
 #else
 #define TD_DECLARE_CPU_KERNEL(name, arguments) \
