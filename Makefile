@@ -13,7 +13,7 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export PATH := $(VENV)/bin:$(PATH)
 # The CUDA kernels are built into the library with `make TD_CUDA=ON ...`; the tests run their source on an emulator.
 TD_CUDA ?= OFF
-# Kernels that this processor cannot run take minutes to compile; `pip install` always builds them.
+# Kernels that this processor cannot run take minutes to compile; `pip install` from a fresh tree builds them.
 TD_AVX512 ?= $(if $(shell grep -m1 -w avx512bw /proc/cpuinfo),ON,OFF)
 CONFIGURE := cmake -S . -G Ninja -U 'LibTorch_*' -DPython3_EXECUTABLE=$(VENV)/bin/python -DTD_PYTHON=ON -DTD_TESTS=ON \
   -DTD_CUDA=$(TD_CUDA) -DTD_AVX512=$(TD_AVX512)

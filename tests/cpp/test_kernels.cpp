@@ -26,9 +26,9 @@ namespace {
 
 // The instruction set of the library's own choice.
 #if defined(__x86_64__)
-#define KERNEL(name)                                         \
-  (td::cpu_capability() == "AVX512" ? &td::cpu::AVX512::name \
-   : td::cpu_capability() == "AVX2" ? &td::cpu::AVX2::name   \
+#define KERNEL(name)                                           \
+  (td::cpu_capability() == "AVX512" ? TD_BEST_CPU_KERNEL(name) \
+   : td::cpu_capability() == "AVX2" ? &td::cpu::AVX2::name     \
                                     : &td::cpu::DEFAULT::name)
 #else
 #define KERNEL(name) (&td::cpu::DEFAULT::name)
