@@ -437,7 +437,8 @@ void soft_min_rows(const SoftMin& call, int64_t begin, int64_t end) {
     const int64_t rows = std::min(kChunk, end - i);
     A guess[kChunk];
     double sum[kChunk] = {};
-    for (int64_t r = 0; r < kChunk; ++r) guess[r] = static_cast<A>(call.out[i + std::min(r, rows - 1)]);
+    for (int64_t r = 0; r < std::min(kChunk, rows + kBlockRows - 1); ++r)  // whole blocks, and not more for a few rows
+      guess[r] = static_cast<A>(call.out[i + std::min(r, rows - 1)]);
     guessed_sums<A>(call, i, rows, guess, sum);
     for (int64_t first = 0; first < rows; first += kRows) {
       const int64_t last = std::min(first + kRows, rows);
@@ -487,20 +488,24 @@ void cost_range_rows(const CostRange& call, int64_t begin, int64_t end) {
   const Pairs& p = call.pairs;
   const A* const offset = static_cast<const A*>(call.offset);
   const Vec<A> scale(static_cast<A>(raw_scale(p))), none(static_cast<A>(kNoScore));
-  Rows<A, 1> tile;
-  for (int64_t i = begin; i < end; ++i) {
-    Vec<A> low = none.neg(), high = none;
+  Rows<A, kRows> tile;
+  for (int64_t i = begin; i < end; i += kRows) {
+    Vec<A> low[kRows], high[kRows];
+    for (int r = 0; r < kRows; ++r) low[r] = none.neg(), high[r] = none;
     for_tiles(
         p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-          raw_costs<A, 1>(p, i, j, count, tile);
-          for (int64_t l = 0; l < count; l += kLanes<A>) {
-            const Vec<A> o = load<A>(offset + j + l), c = fmadd(load<A>(tile[0] + l), scale, o), absent = o == none;
-            low = min_of(select(absent, none.neg(), c), low);
-            high = max_of(select(absent, none, c), high);
-          }
+          raw_costs<A, kRows>(p, i, j, count, tile);
+          for (int r = 0; r < kRows; ++r)
+            for (int64_t l = 0; l < count; l += kLanes<A>) {
+              const Vec<A> o = load<A>(offset + j + l), c = fmadd(load<A>(tile[r] + l), scale, o), absent = o == none;
+              low[r] = min_of(select(absent, none.neg(), c), low[r]);
+              high[r] = max_of(select(absent, none, c), high[r]);
+            }
         });
-    call.low[i] = static_cast<double>(min_lane(low));
-    call.high[i] = static_cast<double>(max_lane(high));
+    for (int64_t r = 0; r < std::min<int64_t>(kRows, end - i); ++r) {
+      call.low[i + r] = static_cast<double>(min_lane(low[r]));
+      call.high[i + r] = static_cast<double>(max_lane(high[r]));
+    }
   }
 }
 

@@ -22,8 +22,10 @@ inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 template <class Kernel, class Call>
 void run_rows(Kernel kernel, const Call& call) {
   constexpr int64_t kBlock = 4, kPairs = int64_t{1} << 15;
-  const int64_t rows = call.pairs.rows, blocks = (rows + kBlock - 1) / kBlock;
-  at::parallel_for(0, blocks, std::max<int64_t>(1, kPairs / (kBlock * call.pairs.cols)),
+  const int64_t rows = call.pairs.rows, blocks = (rows + kBlock - 1) / kBlock,
+                grain = std::max<int64_t>(1, kPairs / (kBlock * call.pairs.cols));
+  if (blocks <= grain) return kernel(call, 0, rows);  // where a few points are, parallel_for takes as long as they do
+  at::parallel_for(0, blocks, grain,
                    [&](int64_t begin, int64_t end) { kernel(call, begin * kBlock, std::min(rows, end * kBlock)); });
 }
 
@@ -144,7 +146,7 @@ class Sample {
   // Points of up to so many dimensions always go by differences: there products save next to nothing.
   static constexpr int64_t kDifferences = 4;
   // The rounding of an inner product is that of the squares beside it, which may be so many eps, or so many times the
-  // least cost. In float this keeps an entry of the plan within 1e-5 of itself, or as near as differences would.
+  // least cost. In float this keeps an entry of the plan within 2e-5 of itself, or as near as differences would.
   static constexpr double kSquaresOfEps = 128, kSquaresOfCost = 4;
 
   bool by_products(const Problem& p, double eps) const {
