@@ -140,7 +140,7 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
+	$(PYTEST) -q tests/test_values.py tests/test_gradients.py -k "(kl_div or js_div) and ($(EMULATED_TESTS))"; \
 	$(PYTEST) -q $(EMULATED_FILES) -m "not slow" -k "not ($(NOT_EMULATED))"; \
 	$(PYTEST) -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
 
