@@ -124,7 +124,7 @@ test-cuda: build
 	cp build/emulated/libtorch_divergence.so $(EMULATED)/torch_divergence/lib
 	export PYTHONPATH=$(CURDIR)/$(EMULATED); \
 	python -c "import torch_divergence as td; assert 'emulated' in td.__file__, td.__file__"; \
-	pytest -q tests/test_values.py tests/test_gradients.py -k "kl_div and ($(EMULATED_TESTS))"; \
+	pytest -q tests/test_values.py tests/test_gradients.py -k "(kl_div or js_div) and ($(EMULATED_TESTS))"; \
 	pytest -q tests/test_cross_entropy.py tests/test_entropy.py -k "$(EMULATED_OWN_TESTS)"
 
 # docs/cuda.md tells what each of these shows. The first two skip, with a reason, where there is no nvcc (or no

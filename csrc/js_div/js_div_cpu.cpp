@@ -27,29 +27,23 @@ TD_INLINE auto is_small(Vec<A> x) {
   return less(x.abs(), Vec<A>(A(0.5)));
 }
 
-// The class around which one side's logarithms are taken: -log(own + other e^k) is its ratio to m, k <= 0.
 template <class A>
 struct Centre {
   Vec<A> own, other, weight, scale, e_k, inv_g, ratio;
-  double ratio_at_centre;
 
-  TD_INLINE Centre(double own_, double other_, double k) : Centre(own_, other_, k, own_ + other_ * std::exp(k)) {}
+  TD_INLINE explicit Centre(const JsCentre& c)
+      : own(static_cast<A>(c.own)),
+        other(static_cast<A>(c.other)),
+        weight(static_cast<A>(c.weight())),
+        scale(static_cast<A>(c.scale())),
+        e_k(static_cast<A>(c.e_k)),
+        inv_g(static_cast<A>(1 / c.g)),
+        ratio(static_cast<A>(c.ratio)) {}
   // The argument of -log that gives the ratio less its centre's is (own + other e) inv_g, and this is that less 1; e =
   // e^l, u = l - k.
   TD_INLINE Vec<A> argument_minus_1(Vec<A> e, Vec<A> u) const {
     return select(is_small(u), weight * expm1_small(u), (e - e_k) * scale);
   }
-
- private:
-  TD_INLINE Centre(double own_, double other_, double k, double g)
-      : own(static_cast<A>(own_)),
-        other(static_cast<A>(other_)),
-        weight(static_cast<A>(other_ * std::exp(k) / g)),
-        scale(static_cast<A>(other_ / g)),
-        e_k(static_cast<A>(std::exp(k))),
-        inv_g(static_cast<A>(1 / g)),
-        ratio(static_cast<A>(-std::log1p(other_ * std::expm1(k)))),
-        ratio_at_centre(-std::log1p(other_ * std::expm1(k))) {}
 };
 
 // The exponential of a class and what its logarithm needs of it.
@@ -121,7 +115,7 @@ struct Mixture {
 // Around l = 0, in double.
 struct PlainMixture : Mixture<double> {
   Centre<double> zero;
-  TD_INLINE explicit PlainMixture(double b) : Mixture<double>(b), zero(1 - b, b, 0) {}
+  TD_INLINE explicit PlainMixture(double b) : Mixture<double>(b), zero(JsCentre::of_q(b, 0)) {}
   TD_INLINE Terms<double> operator()(D l, D p, D q) const { return finish(begin(l, l, zero), p, q, zero); }
 };
 
@@ -144,7 +138,7 @@ struct Sides {
     D log_p, log_q;
     p_side.read(x, i, count, p, log_p);
     q_side.read(y, i, count, q, log_q);
-    const D zero(0.0), far(800.0), top(kInf<double>), bottom(-kInf<double>);
+    const D zero(0.0), far(kJsNone), top(kInf<double>), bottom(-kInf<double>);
     const D plain = log_ratio(p_side, q_side, p, q, log_p, log_q);
     l = plain;
     if (from_logits)
@@ -164,13 +158,6 @@ struct Sums {
   void finish(const JsDivRows& rows, JsDivStat& stat) const {
     stat.mean_p = p_sigma, stat.mean_q = q_rho, stat.js = rows.unit() * term;
   }
-};
-
-// What the gradient of the scaled divergence is multiplied by.
-struct Weights {
-  double p, q;
-  Weights(const JsDivRows& rows, double coefficient)
-      : p(coefficient * (rows.unit() / (1 - rows.beta))), q(coefficient * (rows.unit() / rows.beta)) {}
 };
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
@@ -231,20 +218,16 @@ int64_t top_class(const T* x, int64_t classes, double max, const Kept<A>& kept) 
 // that the arithmetic can tell from 0: moved up to it, l stays finite.
 template <class A>
 struct LogRatio {
-  Split<A> difference;
+  Split<A> difference, difference_p, difference_q;
   Vec<A> floor_p, floor_q, inv_t;
-  double k_p, k_q;  // l at the centres
-  Split<A> difference_p, difference_q;
 
-  TD_INLINE LogRatio(const JsDivStat& stat, double inv_t_)
-      : difference(stat.difference().sum, stat.difference().error),
-        floor_p(static_cast<A>(stat.lse_p - kFar / inv_t_)),
-        floor_q(static_cast<A>(stat.lse_q - kFar / inv_t_)),
-        inv_t(static_cast<A>(inv_t_)),
-        k_p(std::max(0.0, above(stat, stat.top_p) * inv_t_)),
-        k_q(std::min(0.0, above(stat, stat.top_q) * inv_t_)),
-        difference_p(k_p > 0 ? Split<A>(stat.top_p) : difference),
-        difference_q(k_q < 0 ? Split<A>(stat.top_q) : difference) {}
+  TD_INLINE LogRatio(const JsDivStat& stat, const JsCentres& at, double inv_t_)
+      : difference(at.difference.sum, at.difference.error),
+        difference_p(at.difference_p.sum, at.difference_p.error),
+        difference_q(at.difference_q.sum, at.difference_q.error),
+        floor_p(static_cast<A>(stat.lse_p - kJsFar<A> / inv_t_)),
+        floor_q(static_cast<A>(stat.lse_q - kJsFar<A> / inv_t_)),
+        inv_t(static_cast<A>(inv_t_)) {}
 
   struct Logits {
     Vec<A> t, s;
@@ -253,13 +236,6 @@ struct LogRatio {
   TD_INLINE Vec<A> l(const Logits& x) const { return difference_minus(x.t, x.s, difference) * inv_t; }
   TD_INLINE Vec<A> from_p(const Logits& x) const { return difference_minus(x.t, x.s, difference_p) * inv_t; }
   TD_INLINE Vec<A> from_q(const Logits& x) const { return difference_minus(x.t, x.s, difference_q) * inv_t; }
-
- private:
-  static constexpr double kFar = sizeof(A) == 4 ? 200 : 1600;
-  static double above(const JsDivStat& stat, double top) {
-    const ExactSum d = stat.difference();
-    return (top - d.sum) - d.error;
-  }
 };
 
 // A row's constants: where its logarithms are centred.
@@ -268,7 +244,11 @@ struct Centred {
   LogRatio<A> ratio;
   Centre<A> p, q;
   TD_INLINE Centred(const JsDivRows& rows, const JsDivStat& stat, double inv_t)
-      : ratio(stat, inv_t), p(rows.beta, 1 - rows.beta, -ratio.k_p), q(1 - rows.beta, rows.beta, ratio.k_q) {}
+      : Centred(rows.beta, stat, JsCentres(stat, inv_t), inv_t) {}
+
+ private:
+  TD_INLINE Centred(double beta, const JsDivStat& stat, const JsCentres& at, double inv_t)
+      : ratio(stat, at, inv_t), p(JsCentre::of_p(beta, at.l_p)), q(JsCentre::of_q(beta, at.l_q)) {}
 };
 
 // Sums over a part of a row. kP, kQ: the means of sigma and rho are wanted; with kAside, p sigma or q rho (kQ) around
@@ -359,7 +339,7 @@ JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach co
   if (!lse(p, kept_p, stat.lse_p, stat.lse_p_lo, top_p) || !lse(q, kept_q, stat.lse_q, stat.lse_q_lo, top_q))
     return JsDivStat::nan();
   {
-    const LogRatio<A> ratio(stat, inv_t);
+    const LogRatio<A> ratio(stat, JsCentres(stat, inv_t), inv_t);
     const auto difference = [&](int64_t at) {
       A lanes[2][kLanes<A>];
       const auto x = ratio.raised(Vec<A>(static_cast<A>(p[at])), Vec<A>(static_cast<A>(q[at])));
@@ -394,7 +374,7 @@ template <class A, bool kP, bool kQ, class TP, class TQ>
 void logits_gradient(const JsDivRows& rows, const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first,
                      int64_t last, const Mixture<A>& mixture, const JsDivStat& stat, double coefficient) {
   const double inv_t = inverse_temperature<A>(rows.temperature);
-  const Weights weights(rows, coefficient * inv_t);
+  const JsWeights weights(rows, coefficient * inv_t);
   const Vec<A> c_p(static_cast<A>(weights.p)), c_q(static_cast<A>(weights.q)), mean_p(static_cast<A>(stat.mean_p)),
       mean_q(static_cast<A>(stat.mean_q));
   const Centred<A> centred(rows, stat, inv_t);
@@ -484,7 +464,7 @@ JsDivStat value_and_grad_row(const JsDivRows& rows, const TP* p, const TQ* q, A*
     return stat;
   }
   const double inv_t = inverse_temperature<A>(rows.temperature);
-  const Weights weights(rows, coefficient * inv_t);
+  const JsWeights weights(rows, coefficient * inv_t);
   const Vec<A> c(static_cast<A>(kQ ? weights.q : weights.p)), mean(static_cast<A>(kQ ? stat.mean_q : stat.mean_p));
   const double lse = kQ ? stat.lse_q + stat.lse_q_lo : stat.lse_p + stat.lse_p_lo;
   const Kept<A>& kept = kQ ? kept_q : kept_p;
@@ -530,11 +510,6 @@ void value_and_grad_logits(const JsDivValueAndGrad& k, int64_t begin, int64_t en
     }
     stat.store(k.stat + JsDivStat::kSize * i);
   });
-}
-
-// Which family serves these rows? A beta far below float's accuracy leaves float's range.
-TD_INLINE bool by_logits(const JsDivRows& rows) {
-  return rows.from_logits() && (rows.p.dtype == DType::Double || rows.beta > 1e-6);
 }
 
 // -- Any space, in double -------------------------------------------------------------------------------------------
@@ -598,7 +573,7 @@ void any_gradient(const JsDivRows& rows, const void* p, const void* q, const Row
   }
   const Sides sides(rows, stat);
   const PlainMixture mixture(rows.beta);
-  const Weights weights(rows, coefficient);
+  const JsWeights weights(rows, coefficient);
   const D c_p(weights.p), c_q(weights.q);
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for_lanes<double>(
@@ -654,44 +629,55 @@ void value_and_grad_any(const JsDivValueAndGrad& k, int64_t begin, int64_t end, 
   });
 }
 
-// The derivatives of a side's probability and log-probability along v; mean = <prob, v>.
-TD_INLINE void differentiate(const Side& side, D prob, D v, double mean, D& log_dot, D& dot) {
+// <prob, v> as hi + lo, to twice double's precision: where one class has nearly all of the mass, v less its mean is as
+// small there as the rest of the mass.
+struct Direction {
+  double hi, lo;
+};
+// The derivatives of a side's probability and log-probability along v.
+TD_INLINE void differentiate(const Side& side, D prob, D v, const Direction& mean, D& log_dot, D& dot) {
   const D zero(0.0), none = prob == zero;
-  log_dot = side.space == kLogits ? (v - D(mean)) * side.inv_t : side.space == kProbs ? v / prob : v;
+  log_dot = side.space == kLogits ? ((v - D(mean.hi)) - D(mean.lo)) * side.inv_t : side.space == kProbs ? v / prob : v;
   log_dot = select(none, zero, log_dot);
   dot = side.space == kProbs ? v : prob * log_dot;
 }
-// The derivative of any_entry. Where prob = 0, that is constantly 0 by convention, and so is its derivative.
-TD_INLINE D entry_dot(const Side& side, D prob, D dot, D ratio, D ratio_dot, double mean, double mean_dot) {
+// The derivative of any_entry; from logits ratio is less its mean. Where prob = 0, that is constantly 0 by convention,
+// and so is its derivative.
+TD_INLINE D entry_dot(const Side& side, D prob, D dot, D ratio, D ratio_dot, double mean_dot) {
   const D zero(0.0);
   const D g = side.space == kProbs      ? ratio_dot
               : side.space == kLogProbs ? dot * ratio + prob * ratio_dot
-                                        : (dot * (ratio - D(mean)) + prob * (ratio_dot - D(mean_dot))) * side.inv_t;
+                                        : (dot * ratio + prob * (ratio_dot - D(mean_dot))) * side.inv_t;
   return select(prob == zero, zero, g);
-}
-
-// E_p[sigma] and E_q[rho] themselves.
-JsDivStat with_whole_means(const JsDivRows& rows, JsDivStat stat) {
-  const Centred<double> centred(rows, stat, 1 / rows.temperature);
-  stat.mean_p += centred.p.ratio_at_centre, stat.mean_q += centred.q.ratio_at_centre;
-  return stat;
 }
 
 void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out,
                          ForEach columns) {
   const JsDivRows& rows = k.rows;
-  const JsDivStat stat = with_whole_means(rows, JsDivStat::load(k.stat + JsDivStat::kSize * row));
+  const JsDivStat stat = JsDivStat::load(k.stat + JsDivStat::kSize * row);
   const double coefficient = k.coefficient[row];
   const Sides sides(rows, stat);
   const Side &p_side = sides.p_side, &q_side = sides.q_side;
   const PlainMixture mixture(rows.beta);
+  const Centred<double> centred(rows, stat, 1 / rows.temperature);
   const D zero(0.0), one(1.0);
+  // sigma and rho are less those of their centres.
+  struct Ratios {
+    D sigma, rho;
+  };
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& v_p, D& v_q) __attribute__((always_inline)) {
     D l;
     sides.read(in[0], in[1], i, count, p, q, l);
     v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
     v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
-    return mixture(l, p, q);
+    D from_p = l, from_q = l;
+    if (sides.from_logits) {
+      const LogRatio<double>::Logits at{load_any(in[0], p_side.type, i, count, 0.0),
+                                        load_any(in[1], q_side.type, i, count, 0.0)};
+      from_p = centred.ratio.from_p(at), from_q = centred.ratio.from_q(at);
+    }
+    const auto terms = mixture.finish(mixture.begin(l, from_q, centred.q), p, q, centred.q);
+    return Ratios{mixture.sigma_from_centre(l, from_p, terms.rho, centred.p), terms.from_centre};
   };
   const Pair means = sum_columns(
       rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
@@ -700,7 +686,15 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
         a = a + select(v_p == zero, zero, p * v_p);
         b = b + select(v_q == zero, zero, q * v_q);
       });
-  const Weights weights(rows, coefficient), unit(rows, 1);
+  const Pair rests = sum_columns(
+      rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
+        D p, q, v_p, v_q;
+        read(i, count, p, q, v_p, v_q);
+        a = a + select(p == zero, zero, p * (v_p - D(means.a)));
+        b = b + select(q == zero, zero, q * (v_q - D(means.b)));
+      });
+  const Direction mean_p{means.a, rests.a}, mean_q{means.b, rests.b};
+  const JsWeights weights(rows, coefficient), unit(rows, 1);
   const Pair dots = sum_columns(
       rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
         D p, q, v_p, v_q;
@@ -715,7 +709,7 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
     return;
   }
   if (out[0] == nullptr && out[1] == nullptr) return;
-  // sigma and rho with their derivatives, and those of the probabilities.
+  // sigma and rho, from logits less their means, with their derivatives, and those of the probabilities.
   struct Dots {
     D p, q, sigma, rho, p_dot, q_dot, sigma_dot, rho_dot;
   };
@@ -723,10 +717,11 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
     D v_p, v_q, log_p_dot, log_q_dot;
     Dots y;
     const auto terms = read(i, count, y.p, y.q, v_p, v_q);
-    differentiate(p_side, y.p, v_p, means.a, log_p_dot, y.p_dot);
-    differentiate(q_side, y.q, v_q, means.b, log_q_dot, y.q_dot);
+    differentiate(p_side, y.p, v_p, mean_p, log_p_dot, y.p_dot);
+    differentiate(q_side, y.q, v_q, mean_q, log_q_dot, y.q_dot);
     const D mass = mixture.beta * y.p + mixture.rest * y.q, inv_m = one / select(mass == zero, one, mass);
-    y.sigma = terms.sigma, y.rho = terms.rho;
+    y.sigma = p_side.space == kLogits ? terms.sigma - D(stat.mean_p) : terms.sigma;
+    y.rho = q_side.space == kLogits ? terms.rho - D(stat.mean_q) : terms.rho;
     y.sigma_dot = mixture.rest * (y.q * log_p_dot - y.q_dot) * inv_m;
     y.rho_dot = mixture.beta * (y.p * log_q_dot - y.p_dot) * inv_m;
     return y;
@@ -744,11 +739,11 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
           const int64_t i = first + j;
           const auto y = dots_of(i, count);
           if (out[0] != nullptr)
-            store_any(out[0], k.d_p.dtype, i,
-                      c_p * entry_dot(p_side, y.p, y.p_dot, y.sigma, y.sigma_dot, stat.mean_p, mean_dots.a), count);
+            store_any(out[0], k.d_p.dtype, i, c_p * entry_dot(p_side, y.p, y.p_dot, y.sigma, y.sigma_dot, mean_dots.a),
+                      count);
           if (out[1] != nullptr)
-            store_any(out[1], k.d_q.dtype, i,
-                      c_q * entry_dot(q_side, y.q, y.q_dot, y.rho, y.rho_dot, stat.mean_q, mean_dots.b), count);
+            store_any(out[1], k.d_q.dtype, i, c_q * entry_dot(q_side, y.q, y.q_dot, y.rho, y.rho_dot, mean_dots.b),
+                      count);
         });
   });
 }
@@ -756,17 +751,17 @@ void double_backward_row(const JsDivDoubleBackward& k, int64_t row, const void* 
 }  // namespace
 
 void js_div_forward(const JsDivForward& k, int64_t begin, int64_t end, ForEach columns) {
-  if (!by_logits(k.rows)) return forward_any(k, begin, end, columns);
+  if (!k.rows.by_logits()) return forward_any(k, begin, end, columns);
   dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { forward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_backward(const JsDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
-  if (!by_logits(k.rows)) return backward_any(k, begin, end, columns);
+  if (!k.rows.by_logits()) return backward_any(k, begin, end, columns);
   dispatch_types(k.rows, [&]<class A, class TP, class TQ>() { backward_logits<A, TP, TQ>(k, begin, end, columns); });
 }
 
 void js_div_value_and_grad(const JsDivValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
-  if (!by_logits(k.rows)) return value_and_grad_any(k, begin, end, columns);
+  if (!k.rows.by_logits()) return value_and_grad_any(k, begin, end, columns);
   dispatch_types(k.rows,
                  [&]<class A, class TP, class TQ>() { value_and_grad_logits<A, TP, TQ>(k, begin, end, columns); });
 }

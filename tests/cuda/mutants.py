@@ -48,8 +48,11 @@ FILTER = ":".join(
         "*OtherSpaces/a_piece",
         "*OtherSpaces/most_of_a_warp",
         "KlDivCudaCentre.*",
+        "JsDivCudaBeta.*",
     ]
 )
+# Kernel files by loss: a mutant of one goes into its own tests, one of a file that they share into all of them.
+LOSSES = ("kl_div", "js_div")
 
 INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
 MUTATIONS = (
@@ -64,7 +67,7 @@ MUTATIONS = (
     ("boundary one down", r"(?<=[\w)]) >= (?=\w)", " > "),
     ("rescaling removed", r"(?<=\) )[\w\[\]]+ \*= [^;]+?(?=[;,]\s)|\b[\w.]+ /= means[^;,]+(?=[;,])", "(void)0"),
     ("rescaling removed", r"\b(?:sums|visit)\.raise\([^;]*\);", ";"),
-    ("factor removed", r" \* (?:factor|factor_p|factor_q|scale|gain)\b", ""),
+    ("factor removed", r" \* (?:factor_?|factor_p|factor_q|scale|gain)\b", ""),
     ("stride dropped", r" \* (?:row\.)?(?:stride|gap)\b", ""),
     ("stride shifted", r"(?<=\+= )step\b", "step + 1"),
     ("rounding up dropped", r" \+ (?:R|kWarps|kThreads \* kSegment|segment) - 1\b", ""),
@@ -147,7 +150,7 @@ class Bench:
         )
         for name, source in (
             ("simt", EMULATOR / "simt.cpp"),
-            ("tests", nvcc.HERE / "test_kl_div_cuda.cpp"),
+            *((f"test_{loss}", nvcc.HERE / f"test_{loss}_cuda.cpp") for loss in LOSSES),
             ("silent", folder / "silent.cpp"),
         ):
             self.compile(source, folder / f"{name}.o", CSRC, "-O2")
@@ -169,16 +172,22 @@ class Bench:
             return list(pool.map(lambda rules: self.verdict(mutant, rules), (False, True)))
 
     def verdict(self, mutant: Mutant | None, rules: bool) -> str:
+        """Of the first loss whose tests notice, or "-"."""
         folder = self.folder / ("rules" if rules else "values")
-        csrc, kernels, program = (folder / name for name in ("csrc", "kernels.o", "program"))
+        csrc = folder / "csrc"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(CSRC, csrc)
         if mutant is not None:
             (csrc / mutant.file).write_text(mutant.text)
-        self.compile(csrc / "kl_div" / "kl_div_cuda.cu", kernels, csrc, "-O1", *([self.CHECKER] if rules else []))
+        losses = [loss for loss in LOSSES if mutant is None or mutant.file.parts[0] in (loss, "core")]
+        return next((v for loss in losses if (v := self.run(loss, folder, rules)) != "-"), "-")
+
+    def run(self, loss: str, folder: Path, rules: bool) -> str:
+        csrc, kernels, program = (folder / name for name in ("csrc", f"{loss}.o", loss))
+        self.compile(csrc / loss / f"{loss}_cuda.cu", kernels, csrc, "-O1", *([self.CHECKER] if rules else []))
         if not kernels.exists():
             return "does not compile"
-        objects = [kernels, *(self.folder / f"{name}.o" for name in ("simt", "tests", "silent"))]
+        objects = [kernels, *(self.folder / f"{name}.o" for name in ("simt", f"test_{loss}", "silent"))]
         wrap = [] if rules else [f"-Wl,--wrap={self.TOUCH}"]
         link = [
             "c++",

@@ -97,13 +97,14 @@ class Problem {
     }
   }
   static void fill(Rows& rows, int64_t i, const std::vector<double>& x, int space) {
+    const double top = *std::max_element(x.begin(), x.end());
     double sum = 0;
-    for (const double v : x) sum += std::exp(v);
+    for (const double v : x) sum += std::exp(v - top);
     for (size_t j = 0; j < x.size(); ++j)
       rows.set(i, static_cast<int64_t>(j),
                space == td::kLogits  ? x[j]
-               : space == td::kProbs ? std::exp(x[j]) / sum
-                                     : x[j] - std::log(sum));
+               : space == td::kProbs ? std::exp(x[j] - top) / sum
+                                     : x[j] - top - std::log(sum));
   }
   int p_space_, q_space_;
 };

@@ -49,8 +49,9 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Call:
-    """A call of profile_kl_div.cpp and what it may cost."""
+    """A call of profile_<loss>.cpp and what it may cost."""
 
+    loss: str
     name: str
     kernel: str
     half: bool
@@ -70,20 +71,41 @@ class Call:
         return (2 if self.half else 4) * self.entries
 
 
-def calls() -> list[Call]:
+def call(loss: str, half: bool, near: bool, wrt: tuple[bool, bool] = (False, False), **budget: float) -> Call:
+    kernel = f"{'backward' if any(wrt) else 'forward'}_logits<{'c10::BFloat16' if half else 'float'},"
+    what = {(False, False): "forward", (False, True): "gradient of Q", (True, True): "both gradients"}[wrt]
+    name = f"{loss}: {what}, {'near' if near else 'far'}, {'bfloat16' if half else 'float32'}"
+    return Call(loss, name, kernel, half, near, any(wrt), wrt, 2 + sum(wrt), **budget)
+
+
+LOSSES = ("kl_div", "js_div")
+Q, BOTH = (False, True), (True, True)
+
+
+def calls(loss: str) -> list[Call]:
     result = []
     for half in (False, True):
-        kind = "bfloat16" if half else "float32"
-        forward, backward = (f"{k}_logits<{'c10::BFloat16' if half else 'float'}," for k in ("forward", "backward"))
-        result += [
-            Call(f"forward, far, {kind}", forward, half, False, False, (False, False), 2),
-            Call(f"forward, near, {kind}", forward, half, True, False, (False, False), 2),
-            Call(f"gradient of Q, far, {kind}", backward, half, False, True, (False, True), 3),
-            Call(f"gradient of Q, near, {kind}", backward, half, True, True, (False, True), 3),
-            Call(f"both gradients, near, {kind}", backward, half, True, True, (True, True), 4),
-            # The error of the mean comes from a second look at the row, before anything is written.
-            Call(f"both gradients, far, {kind}", backward, half, False, True, (True, True), 4, visits=2, special=4),
-        ]
+        if loss == "kl_div":
+            result += [
+                call(loss, half, near=False),
+                call(loss, half, near=True),
+                call(loss, half, near=False, wrt=Q),
+                call(loss, half, near=True, wrt=Q),
+                call(loss, half, near=True, wrt=BOTH),
+                # The error of the mean comes from a second look at the row, before anything is written.
+                call(loss, half, near=False, wrt=BOTH, visits=2, special=4),
+            ]
+        else:
+            result += [
+                # Both logsumexp, then the terms, which need them: of p, q, e^l and, where l > 0, e^-l.
+                call(loss, half, near=False, visits=2, special=6),
+                # The error of d, with p, q and expm1, and the terms again.
+                call(loss, half, near=True, visits=4, special=13),
+                call(loss, half, near=False, wrt=Q, special=4),
+                call(loss, half, near=True, wrt=Q, special=4),
+                call(loss, half, near=True, wrt=BOTH, special=4),
+                call(loss, half, near=False, wrt=BOTH, special=4),
+            ]
     return result
 
 
@@ -103,7 +125,9 @@ def profile(call: Call, library: ctypes.CDLL, module: ptxsim.Module) -> tuple[fl
     machine = ptxsim.Machine(module)
     machine.count = True
     device = Device(library, machine)
-    classes = library.profile_kl_div(call.half, call.near, call.backward, *call.wrt)
+    profiled = library[f"profile_{call.loss}"]
+    profiled.argtypes, profiled.restype = [ctypes.c_bool] * 5, ctypes.c_int64
+    classes = profiled(call.half, call.near, call.backward, *call.wrt)
     assert device.launches == 1
     executed: Counter[str] = Counter()
     for (_, opcode), warps in machine.executed.items():
@@ -123,11 +147,12 @@ class Report:
     bad: list[str] = field(default_factory=list)
 
 
-def report(architecture: str, tests: nvcc.Tests) -> Report:
+def report(architecture: str, loss: str, tests: nvcc.Tests) -> Report:
     gpu, result = GPUS[architecture], Report()
     short = gpu.name.split()[0]
-    for kernel in sass.disassemble(tests.library.parent / "kl_div_cuda.o", architecture):
+    for kernel in sass.disassemble(tests.library.parent / f"{loss}_cuda.o", architecture):
         name = re.sub(r"torch_divergence::|\(anonymous namespace\)::|cuda::|c10::|^void |\(.*", "", kernel.name)
+        name = f"{loss}: {name}"
         counts = sass.count([text for _, _, text in kernel.code])
         if kernel.stack or counts["local"]:
             result.bad.append(
@@ -136,7 +161,7 @@ def report(architecture: str, tests: nvcc.Tests) -> Report:
         if not counts["wide load"]:
             result.bad.append(f"{architecture} {name}: no 128-bit loads")
         turns = [sass.count(kernel.turn(loop)) for loop in kernel.hot_loops()]
-        by_design = re.search("double>|_any<|double_backward", name)  # see kl_div_cuda.cu
+        by_design = re.search("double>|_any<|double_backward", name)  # see the kernels' files
         if not by_design and any(t["double"] > 2 for t in turns):
             result.bad.append(f"{architecture} {name}: arithmetic in double in a hot loop")
         used = occupancy(kernel.registers, kernel.shared, architecture)
@@ -145,10 +170,8 @@ def report(architecture: str, tests: nvcc.Tests) -> Report:
             f"| {counts['wide load']}, {counts['wide store']} | {counts['narrow load']}, {counts['narrow store']} |"
         )
     library = ctypes.CDLL(str(tests.library))
-    library.profile_kl_div.argtypes = [ctypes.c_bool] * 5
-    library.profile_kl_div.restype = ctypes.c_int64
     module = ptxsim.Module(tests.ptx[architecture].read_text())
-    for call in calls():
+    for call in calls(loss):
         traffic, asked, special, instructions = profile(call, library, module)
         if traffic > call.bytes_allowed:
             result.bad.append(
@@ -178,9 +201,9 @@ def main() -> int:
     if missing:
         print(f"skipped: {', '.join(missing)} not found")
         return 0
-    tests = nvcc.link_tests()
     with ProcessPoolExecutor() as pool:
-        reports = list(pool.map(report, GPUS, [tests] * len(GPUS)))
+        tests = dict(zip(LOSSES, pool.map(nvcc.link_tests, LOSSES), strict=True))
+        reports = list(pool.map(report, *zip(*((a, loss, tests[loss]) for loss in LOSSES for a in GPUS), strict=True)))
     lines = [
         "| call | GPU | bytes | asked | least | special | instructions | issue, special, memory: ps | bound |",
         "|" + "---|" * 9,

@@ -123,24 +123,24 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
   }
   if (logits) e.terms = e.js;
   p.derive(temperature, e.grad_p, e.d_p), q.derive(temperature, e.grad_q, e.d_q);
+  // What the errors of a side's entries are relative to: terms that need not cancel but from logits.
   const auto scale = [&](const ExactSide& side, const std::vector<Real>& gradient) {
-    Real of_entries = largest(gradient), mean = 0;
-    if (logits) return of_entries;
+    Real most = largest(gradient), mean = 0;
     for (size_t j = 0; j < n; ++j) mean += side.times(j, std::fabs(side.ratio[j]) + blur[j]);
     for (size_t j = 0; j < n; ++j) {
       if (side.prob[j] == 0) continue;
       const Real size = std::fabs(side.ratio[j]) + blur[j];
-      const Real entry = side.space == td::kLogits  ? side.prob[j] * (size + mean) / temperature
-                         : side.space == td::kProbs ? size
-                                                    : side.prob[j] * size;
-      of_entries = std::max(of_entries, side.weight * entry);
+      const Real entry = logits                      ? std::fabs(gradient[j])
+                         : side.space == td::kLogits ? side.weight * side.prob[j] * (size + mean) / temperature
+                         : side.space == td::kProbs  ? side.weight * size
+                                                     : side.weight * side.prob[j] * size;
+      most = std::max(most, entry);
+      if (side.v[j] == 0) continue;
+      e.js_dot += side.v[j] * gradient[j], e.js_dot_scale += std::fabs(side.v[j]) * entry;
     }
-    return of_entries;
+    return most;
   };
   e.scale_p = scale(p, e.grad_p), e.scale_q = scale(q, e.grad_q);
-  for (size_t j = 0; j < n; ++j)
-    for (const Real term : {v_p[j] == 0 ? 0 : v_p[j] * e.grad_p[j], v_q[j] == 0 ? 0 : v_q[j] * e.grad_q[j]})
-      e.js_dot += term, e.js_dot_scale += std::fabs(term);
   return e;
 }
 

@@ -30,31 +30,35 @@ FILTERS = {
     "sm_80": ("Logits/odd", "OtherSpaces/odd"),
     "sm_90": (*(f"Logits/{name}" for name in LOGITS), "OtherSpaces/odd", "OtherSpaces/less_than_a_piece"),
 }
+SUITES = {"kl_div": "KlDivCuda", "js_div": "JsDivCuda"}
+RUNS = [(loss, architecture) for loss in SUITES for architecture in nvcc.ARCHITECTURES]
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, subprocess.Popen[str]]:
-    """Both architectures at once."""
-    tests = nvcc.link_tests()
+def runs() -> dict[tuple[str, str], subprocess.Popen[str]]:
+    """All at once."""
+    tests = {loss: nvcc.link_tests(loss) for loss in SUITES}
     return {
-        architecture: subprocess.Popen(
+        (loss, architecture): subprocess.Popen(
             [
                 sys.executable,
                 HERE / "run_tests.py",
-                tests.library,
-                tests.ptx[architecture],
-                "--gtest_filter=KlDivCudaWeight.*:" + ":".join(f"*KlDivCuda.{name}" for name in names),
+                tests[loss].library,
+                tests[loss].ptx[architecture],
+                f"--gtest_filter={SUITES[loss]}Weight.*:"
+                + ":".join(f"*{SUITES[loss]}.{name}" for name in FILTERS[architecture]),
             ],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for architecture, names in FILTERS.items()
+        for loss, architecture in RUNS
     }
 
 
-@pytest.mark.parametrize("architecture", nvcc.ARCHITECTURES)
-def test_kernels(architecture: str, runs: dict[str, subprocess.Popen[str]]) -> None:
-    output, _ = runs[architecture].communicate()
-    assert runs[architecture].returncode == 0, output[-8000:]
+@pytest.mark.parametrize(("loss", "architecture"), RUNS)
+def test_kernels(loss: str, architecture: str, runs: dict[tuple[str, str], subprocess.Popen[str]]) -> None:
+    run = runs[loss, architecture]
+    output, _ = run.communicate()
+    assert run.returncode == 0, output[-8000:]
     assert "[  PASSED  ]" in output
