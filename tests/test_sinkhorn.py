@@ -27,15 +27,20 @@ def no_convergence_warning():
         yield
 
 
+def drawn(draw, *shape, generator, dtype=F64):
+    """The same numbers on every device."""
+    return draw(*shape, dtype=dtype, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def clouds(n=5, m=6, d=3, *, batch=(), dtype=F64, seed=0, grad=False):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*batch, n, d, dtype=F64, generator=generator)
-    y = torch.randn(*batch, m, d, dtype=F64, generator=generator) + 0.3
+    x = drawn(torch.randn, *batch, n, d, generator=generator)
+    y = drawn(torch.randn, *batch, m, d, generator=generator) + 0.3
     return x.to(dtype).requires_grad_(grad), y.to(dtype).requires_grad_(grad)
 
 
 def weights(n, *, batch=(), seed=0, mass=1.0):
-    w = torch.rand(*batch, n, dtype=F64, generator=torch.Generator().manual_seed(seed)) + 0.2
+    w = drawn(torch.rand, *batch, n, generator=torch.Generator().manual_seed(seed)) + 0.2
     return mass * w / w.sum(-1, keepdim=True)
 
 
@@ -236,7 +241,7 @@ def test_divergence_is_one(cost):
 
 
 def test_equal_clouds():
-    x = torch.rand(50, 3, dtype=F64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = drawn(torch.rand, 50, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     value = td.sinkhorn_divergence(x, x.detach().clone(), blur=0.1, tol=1e-9)
     assert abs(value) < 1e-9
     assert torch.autograd.grad(value, x)[0].abs().max() < 1e-6
@@ -436,7 +441,7 @@ def test_unbalanced_tolerance_is_kept():
 def test_a_far_start_converges(seed):
     """Atoms much further apart than blur: combinations of past steps alone would be thrown back for ever."""
     generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(8, 32, generator=generator, dtype=F64), 8 * torch.randn(8, 32, generator=generator, dtype=F64)
+    x, y = drawn(torch.randn, 8, 32, generator=generator), 8 * drawn(torch.randn, 8, 32, generator=generator)
     result = td.sinkhorn(x, y, blur=1.0, tol=1e-2)
     assert result.converged and result.n_iter < 200
     rows, columns = result.plan().sum(1), result.plan().sum(0)
@@ -453,7 +458,7 @@ def test_one_update_from_any_guess(d, cost, dtype):
     distance = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
     c = distance if cost == "euclidean" else distance**2 / 2
     for scale in (0.0, 1.0, 1e3):
-        g = scale * torch.randn(45, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        g = scale * drawn(torch.randn, 45, dtype=dtype, generator=torch.Generator().manual_seed(1))
         f = -eps * torch.logsumexp((g.double() - c) / eps - math.log(45), 1)
         result = td.sinkhorn(x, y, cost=cost, eps=eps, init=g, max_iter=1, tol=0)
         shift = (result.f.double() - f).mean()  # the gauge
@@ -560,7 +565,7 @@ def problem(rho, d=2):
     x, y = clouds(4, 5, d, batch=(2,), grad=True)
     y = y[0].detach().requires_grad_()
     generator = torch.Generator().manual_seed(2)
-    p, q = (torch.randn(*s, dtype=F64, generator=generator).requires_grad_() for s in ((2, 4), (5,)))
+    p, q = (drawn(torch.randn, *s, generator=generator).requires_grad_() for s in ((2, 4), (5,)))
     eps = torch.tensor(0.4, dtype=F64, requires_grad=True)
 
     def unpack(x, y, p, q, eps):

@@ -1,5 +1,6 @@
-// Entropic optimal transport: operators, checks, autograd. Formulas in sinkhorn.h, the solver in sinkhorn_solver.cpp,
-// the private operators on the CPU in sinkhorn_ops.cpp, their kernels in sinkhorn_cpu.cpp.
+// Entropic optimal transport: operators, checks, autograd. Formulas in sinkhorn.h, the solver in sinkhorn_iteration.h
+// and sinkhorn_solver.cpp, the private operators on the CPU in sinkhorn_ops.cpp, their kernels in sinkhorn_cpu.cpp; on
+// CUDA in sinkhorn_ops_cuda.cpp and sinkhorn_cuda.cu.
 #include "sinkhorn/sinkhorn.h"
 
 #include <ATen/core/Tensor.h>
@@ -22,6 +23,7 @@
 #include <utility>
 
 #include "core/apply.h"
+#include "core/cuda_tensors.h"
 #include "core/op.h"
 #include "sinkhorn/sinkhorn_ops.h"
 
@@ -79,7 +81,7 @@ const auto& backward_op() {
   return op;
 }
 const auto& double_backward_op() {
-  static const auto op = typed_op<decltype(double_backward_cpu)>("torch_divergence::_sinkhorn_double_backward");
+  static const auto op = typed_op<decltype(double_backward)>("torch_divergence::_sinkhorn_double_backward");
   return op;
 }
 using Potentials = Tensors2(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS);
@@ -88,11 +90,11 @@ const auto& potentials_op() {
   return op;
 }
 const auto& potentials_backward_op() {
-  static const auto op = typed_op<decltype(potentials_backward_cpu)>("torch_divergence::_sinkhorn_potentials_backward");
+  static const auto op = typed_op<decltype(potentials_backward)>("torch_divergence::_sinkhorn_potentials_backward");
   return op;
 }
 const auto& potentials_jvp_op() {
-  static const auto op = typed_op<decltype(potentials_jvp_cpu)>("torch_divergence::_sinkhorn_potentials_jvp");
+  static const auto op = typed_op<decltype(potentials_jvp)>("torch_divergence::_sinkhorn_potentials_jvp");
   return op;
 }
 const auto& plan_op() {
@@ -100,11 +102,11 @@ const auto& plan_op() {
   return op;
 }
 const auto& plan_backward_op() {
-  static const auto op = typed_op<decltype(plan_backward_cpu)>("torch_divergence::_sinkhorn_plan_backward");
+  static const auto op = typed_op<decltype(plan_backward)>("torch_divergence::_sinkhorn_plan_backward");
   return op;
 }
 
-Tensors2 potentials_cpu(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS) {
+Tensors2 potentials(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS) {
   (void)x, (void)y, (void)a, (void)b, (void)eps, (void)x_offsets, (void)y_offsets, (void)cost, (void)rho_a, (void)rho_b;
   return {f.clone(), g.clone()};
 }
@@ -894,17 +896,38 @@ void register_composites(torch::Library& m) {
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { register_composites(m); }
 // A composite operator under vmap meets the slow per-sample fallback before its decomposition.
 TORCH_LIBRARY_IMPL(torch_divergence, FuncTorchBatchedDecomposition, m) { register_composites(m); }
+namespace {
+// The private operators that are the same on every device.
+void register_for_all_devices(torch::Library& m) {
+  m.impl("_sinkhorn_double_backward", double_backward);
+  m.impl("_sinkhorn_potentials", potentials);
+  m.impl("_sinkhorn_potentials_backward", potentials_backward);
+  m.impl("_sinkhorn_potentials_jvp", potentials_jvp);
+  m.impl("_sinkhorn_plan_backward", plan_backward);
+}
+}  // namespace
+#ifndef TD_CUDA_EMULATED
 TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
   m.impl("_sinkhorn", solve_cpu);
   m.impl("_sinkhorn_backward", backward_cpu);
-  m.impl("_sinkhorn_double_backward", double_backward_cpu);
-  m.impl("_sinkhorn_potentials", potentials_cpu);
-  m.impl("_sinkhorn_potentials_backward", potentials_backward_cpu);
-  m.impl("_sinkhorn_potentials_jvp", potentials_jvp_cpu);
   m.impl("_sinkhorn_plan", plan_cpu);
-  m.impl("_sinkhorn_plan_backward", plan_backward_cpu);
   m.impl("_sinkhorn_marginals", marginals_cpu);
+  register_for_all_devices(m);
 }
+#endif
+#ifdef TD_CUDA
+#ifdef TD_CUDA_EMULATED
+TORCH_LIBRARY_IMPL(torch_divergence, CPU, m) {
+#else
+TORCH_LIBRARY_IMPL(torch_divergence, CUDA, m) {
+#endif
+  m.impl("_sinkhorn", solve_cuda);
+  m.impl("_sinkhorn_backward", backward_cuda);
+  m.impl("_sinkhorn_plan", plan_cuda);
+  m.impl("_sinkhorn_marginals", marginals_cuda);
+  register_for_all_devices(m);
+}
+#endif
 TORCH_LIBRARY_IMPL(torch_divergence, Meta, m) {
   m.impl("_sinkhorn", solve_meta);
   m.impl("_sinkhorn_backward", backward_meta);

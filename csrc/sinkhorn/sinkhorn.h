@@ -26,6 +26,8 @@
 
 #include "core/cpu_dispatch.h"
 
+struct CUstream_st;
+
 namespace torch_divergence {
 
 enum CostCode : int { kHalfSqEuclidean = 0, kSqEuclidean = 1, kEuclidean = 2, kCosine = 3, kCostMatrix = 4 };
@@ -117,7 +119,59 @@ struct PairSweep {
   void* matrix_out;  // A, laid out as C: Q
 };
 
+// -- On CUDA: batches of problems, whose atoms lie one after another, counted through the batch ----------------------
+
+// As Pairs; problem s has the rows from row_start[s] and the columns from col_start[s] on. Matrices (rows, columns) lie
+// one after another. No padding.
+struct PairBatch {
+  bool is_double;
+  int cost;
+  int64_t problems, dims;
+  const int64_t *row_start, *col_start;  // (problems + 1)
+  const void *x, *y;
+  int64_t x_stride, y_stride;
+  const void* matrix;
+};
+
+// Invalid: eps or weights that are none; of such a problem nothing but the status is written.
+enum SinkhornStatus : int { kSinkhornRuns = 0, kSinkhornConverged = 1, kSinkhornStopped = 2, kSinkhornInvalid = 3 };
+
+// Solves all problems of a batch; what is meant by each is in sinkhorn_iteration.h.
+struct SinkhornSolve {
+  PairBatch pairs;
+  const int64_t *rows_at, *cols_at;   // row_start and col_start on the host
+  const double *a, *b, *eps;          // eps: one a problem
+  const double *offset_x, *offset_y;  // what an atom adds to its costs; null: 0
+  double rho_a, rho_b;
+  bool symmetric, warm;
+  double tol;
+  int64_t max_iter;
+  double mass_rounding;  // by how much, relatively, two hard marginals' masses may differ
+  double *f, *g;         // warm: g (f where symmetric) going in
+  // One a problem.
+  double *value, *marginal_error;
+  int64_t* iterations;
+  int* status;  // a SinkhornStatus
+};
+
+// The problems of a PairSweep, whose pairs.rows are those of all problems. eps instead of inv_eps.
+struct SweepBatch {
+  const int64_t *row_start, *col_start;
+  int64_t problems;
+  const double* eps;
+};
+
 }  // namespace transport
+
+namespace cuda {
+using Stream = CUstream_st*;
+// Of doubles.
+int64_t sinkhorn_workspace(const transport::SinkhornSolve& call);
+// Starts the problems, and solves them if all are small. Then, until each one's status has changed, passes.
+void sinkhorn_begin(const transport::SinkhornSolve& call, double* workspace, Stream stream);
+void sinkhorn_passes(const transport::SinkhornSolve& call, int64_t passes, double* workspace, Stream stream);
+void sinkhorn_pair_sweep(const transport::PairSweep& call, const transport::SweepBatch& batch, Stream stream);
+}  // namespace cuda
 
 // Rows [begin, end) of a call.
 TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min, (const transport::SoftMin& call, int64_t begin, int64_t end))

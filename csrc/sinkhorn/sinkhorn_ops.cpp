@@ -1,4 +1,5 @@
 // The private operators on the CPU: from tensors to problems, samples and sweeps, and back. Formulas in sinkhorn.h.
+// Those behind second derivatives serve CUDA too, with their sweeps on the device.
 #include "sinkhorn/sinkhorn_ops.h"
 
 #include <ATen/Dispatch.h>
@@ -13,6 +14,7 @@
 #include <numeric>
 #include <utility>
 
+#include "core/cuda_tensors.h"
 #include "sinkhorn/sinkhorn_sample.h"
 
 namespace torch_divergence::transport {
@@ -30,11 +32,12 @@ class Batch {
         dims(cost == kCostMatrix ? 0 : x.size(-1)),
         rho_a_(rho_a),
         rho_b_(symmetric ? rho_a : rho_b),
-        x_(x.to(type).contiguous()),
-        y_(y.has_value() ? y->to(type).contiguous() : Tensor()),
-        a_(a.to(at::kDouble).contiguous()),
-        b_(b.has_value() ? b->to(at::kDouble).contiguous() : a_),
-        eps_(eps.to(at::kDouble).contiguous()) {
+        device_(is_for_cuda(x) ? std::optional(x.device()) : std::nullopt),
+        x_(on_host(x, type)),
+        y_(y.has_value() ? on_host(*y, type) : Tensor()),
+        a_(on_host(a, at::kDouble)),
+        b_(b.has_value() ? on_host(*b, at::kDouble) : a_),
+        eps_(on_host(eps, at::kDouble)) {
     starts(x_offsets, a_, "x_offsets", x_start_);
     starts(symmetric ? x_offsets : y_offsets, b_, "y_offsets", y_start_);
   }
@@ -54,7 +57,8 @@ class Batch {
             cols(s),
             dims,
             x_.const_data_ptr<A>() + x_entry(s),
-            y_.defined() ? y_.const_data_ptr<A>() + col_start(s) * dims : nullptr};
+            y_.defined() ? y_.const_data_ptr<A>() + col_start(s) * dims : nullptr,
+            device_};
   }
   Problem problem(int64_t s) const {
     Problem p;
@@ -78,7 +82,7 @@ class Batch {
   void for_each(const F& f) const {
     int64_t pairs = 0;
     for (int64_t s = 0; s < size(); ++s) pairs = std::max(pairs, rows(s) * cols(s));
-    if (pairs <= kSmall) {
+    if (pairs <= kSmall && !device_.has_value()) {
       at::parallel_for(0, size(), std::max<int64_t>(1, (int64_t{1} << 12) / std::max<int64_t>(pairs, 1)),
                        [&](int64_t begin, int64_t end) {
                          for (int64_t s = begin; s < end; ++s) f(s);
@@ -101,17 +105,12 @@ class Batch {
       for (int64_t s = 0; s <= batch; ++s) out[index(s)] = s * weight.size(-1);
       return;
     }
-    const auto o = offsets->contiguous();
-    const int64_t* const from = o.const_data_ptr<int64_t>();
-    out.assign(from, from + batch + 1);
-    TORCH_CHECK_VALUE(out.front() == 0 && out.back() == weight.size(0), "sinkhorn: ", argument, " runs from ",
-                      out.front(), " to ", out.back(), ", expected from 0 to the number of points, ", weight.size(0));
-    for (size_t s = 0; s + 1 < out.size(); ++s)
-      TORCH_CHECK_VALUE(out[s] < out[s + 1], "sinkhorn: ", argument, " leaves problem ", s, " with ",
-                        out[s + 1] - out[s], " points, expected at least one");
+    out = checked_starts(*offsets, weight.size(0), argument);
   }
+  static Tensor on_host(const Tensor& t, at::ScalarType type) { return t.to(at::kCPU, type).contiguous(); }
 
   double rho_a_, rho_b_;
+  std::optional<c10::Device> device_;
   Tensor x_, y_, a_, b_, eps_;
   std::vector<int64_t> x_start_, y_start_;
 };
@@ -120,23 +119,6 @@ template <class A>
 void write(const Tensor& out, int64_t start, const Vector& values) {
   A* const to = out.mutable_data_ptr<A>() + start;
   for (size_t i = 0; i < values.size(); ++i) to[i] = static_cast<A>(values[i]);
-}
-
-void check_values(const Problem& p, double rounding) {
-  TORCH_CHECK_VALUE(p.eps > 0 && std::isfinite(p.eps), "sinkhorn: eps is ", p.eps,
-                    ", expected a positive finite number");
-  const auto check = [](const Vector& weight, const char* argument) {
-    for (size_t i = 0; i < weight.size(); ++i)
-      TORCH_CHECK_VALUE(!(weight[i] < 0) && !std::isinf(weight[i]), "sinkhorn: ", argument, " holds ", weight[i],
-                        " at ", i, ", expected finite weights that are not negative");
-    TORCH_CHECK_VALUE(sum_of(weight) != 0, "sinkhorn: ", argument, " has mass 0, expected a positive one");
-  };
-  check(p.a, "a");
-  check(p.b, "b");
-  const double m_a = sum_of(p.a), m_b = sum_of(p.b);
-  TORCH_CHECK_VALUE(!p.balanced() || !(std::abs(m_a - m_b) > rounding * std::max(m_a, m_b)), "sinkhorn: a has mass ",
-                    m_a, " and b ", m_b,
-                    ", expected equal ones where both marginals are hard (rho or reach relaxes them)");
 }
 
 void transform(Vector& v, const auto& f) {
@@ -150,13 +132,13 @@ const A* points_of(const Tensor& t, int64_t start, int64_t dims) {
 }
 
 Tensor as_double(const OptionalTensor& t) {
-  return t.has_value() && t->defined() ? t->to(at::kDouble).contiguous() : Tensor();
+  return t.has_value() && t->defined() ? t->to(at::kCPU, at::kDouble).contiguous() : Tensor();
 }
 
 // Buffers for the gradients by x, y, a, b and eps; the weights' and eps's are always in double.
 std::array<Tensor, 5> gradients(TD_SINKHORN_PROBLEM, Mask mask, at::ScalarType points) {
   const auto make = [&](bool wanted, const Tensor& t, at::ScalarType type) {
-    return at::empty(wanted ? t.sizes() : at::IntArrayRef{0}, t.options().dtype(type));
+    return at::empty(wanted ? t.sizes() : at::IntArrayRef{0}, at::TensorOptions(type));
   };
   return {make(mask[0], x, points), make(mask[1], y.value_or(x), points), make(mask[2], a, at::kDouble),
           make(mask[3], b.value_or(a), at::kDouble), make(mask[4], eps, at::kDouble)};
@@ -332,8 +314,8 @@ class Directions {
 
 Tensors5 in_types_of(const Tensor& x, const Tensor& a, const OptionalTensor& b, const Tensor& eps,
                      const std::array<Tensor, 5>& t) {
-  return {t[0].to(x.scalar_type()), t[1].to(x.scalar_type()), t[2].to(a.scalar_type()),
-          t[3].to(b.value_or(a).scalar_type()), t[4].to(eps.scalar_type())};
+  const auto like = [&](size_t k, const Tensor& input) { return t[k].to(input.device(), input.scalar_type()); };
+  return {like(0, x), like(1, x), like(2, a), like(3, b.value_or(a)), like(4, eps)};
 }
 
 void scale(double* t, int64_t count, double factor) {
@@ -341,6 +323,40 @@ void scale(double* t, int64_t count, double factor) {
 }
 
 }  // namespace
+
+void check_values(const Problem& p, double rounding) {
+  TORCH_CHECK_VALUE(p.eps > 0 && std::isfinite(p.eps), "sinkhorn: eps is ", p.eps,
+                    ", expected a positive finite number");
+  const auto check = [](const Vector& weight, const char* argument) {
+    for (size_t i = 0; i < weight.size(); ++i)
+      TORCH_CHECK_VALUE(!(weight[i] < 0) && !std::isinf(weight[i]), "sinkhorn: ", argument, " holds ", weight[i],
+                        " at ", i, ", expected finite weights that are not negative");
+    TORCH_CHECK_VALUE(sum_of(weight) != 0, "sinkhorn: ", argument, " has mass 0, expected a positive one");
+  };
+  check(p.a, "a");
+  check(p.b, "b");
+  const double m_a = sum_of(p.a), m_b = sum_of(p.b);
+  TORCH_CHECK_VALUE(!p.balanced() || !(std::abs(m_a - m_b) > rounding * std::max(m_a, m_b)), "sinkhorn: a has mass ",
+                    m_a, " and b ", m_b,
+                    ", expected equal ones where both marginals are hard (rho or reach relaxes them)");
+}
+
+void warn_not_converged(double tol, int64_t max_iter) {
+  TORCH_WARN_ONCE("sinkhorn: a problem has not reached tol = ", tol, " within max_iter = ", max_iter,
+                  " iterations; its marginal_error says how far it is. This is said once.");
+}
+
+std::vector<int64_t> checked_starts(const Tensor& offsets, int64_t atoms, const char* argument) {
+  const auto o = offsets.cpu().contiguous();
+  const int64_t* const from = o.const_data_ptr<int64_t>();
+  std::vector<int64_t> out(from, from + o.numel());
+  TORCH_CHECK_VALUE(out.front() == 0 && out.back() == atoms, "sinkhorn: ", argument, " runs from ", out.front(), " to ",
+                    out.back(), ", expected from 0 to the number of points, ", atoms);
+  for (size_t s = 0; s + 1 < out.size(); ++s)
+    TORCH_CHECK_VALUE(out[s] < out[s + 1], "sinkhorn: ", argument, " leaves problem ", s, " with ", out[s + 1] - out[s],
+                      " points, expected at least one");
+  return out;
+}
 
 Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, int64_t max_iter, TD_SINKHORN_OPTIONS) {
   const Batch batch(x, y, a, b, eps, x_offsets, y_offsets, cost, rho_a, rho_b, x.scalar_type());
@@ -350,12 +366,11 @@ Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, 
        converged = at::empty({batch.size()}, numbers.dtype(at::kBool));
   auto f = at::empty(a.sizes(), x.options()), g = at::empty(b.value_or(a).sizes(), x.options());
   const auto warm = as_double(init);
-  const bool is_double = x.scalar_type() == at::kDouble;
   std::atomic<bool> all_converged = true;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sinkhorn", [&] {
     batch.for_each([&](int64_t s) {
       Problem p = batch.problem(s);
-      check_values(p, is_double ? 1e-10 : 1e-5);
+      check_values(p, mass_rounding_of(x.scalar_type()));
       auto sample = batch.sample<scalar_t>(s);
       sample.set_cost_range(p);
       p.rounding = static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
@@ -372,10 +387,7 @@ Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, 
       if (!solution.converged) all_converged = false;
     });
   });
-  if (!all_converged && tol > 0) {
-    TORCH_WARN_ONCE("sinkhorn: a problem has not reached tol = ", tol, " within max_iter = ", max_iter,
-                    " iterations; its marginal_error says how far it is. This is said once.");
-  }
+  if (!all_converged && tol > 0) warn_not_converged(tol, max_iter);
   return {value, f, g, error, n_iter, converged};
 }
 
@@ -393,10 +405,9 @@ Tensors5 backward_cpu(const Tensor& grad, TD_SINKHORN_PROBLEM, const Tensor& f, 
   return in_types_of(x, a, b, eps, out);
 }
 
-Tensors6 double_backward_cpu(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
-                             const OptionalTensor& vb, const OptionalTensor& veps, const Tensor& grad,
-                             TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS,
-                             std::array<bool, 6> wanted) {
+Tensors6 double_backward(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
+                         const OptionalTensor& vb, const OptionalTensor& veps, const Tensor& grad, TD_SINKHORN_PROBLEM,
+                         const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, std::array<bool, 6> wanted) {
   const Mask mask{wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]};
   const Batch batch(x, y, a, b, eps, x_offsets, y_offsets, cost, rho_a, rho_b, at::kDouble);
   const auto out = gradients(x, y, a, b, eps, mask, at::kDouble);
@@ -463,9 +474,14 @@ Tensors6 double_backward_cpu(const OptionalTensor& vx, const OptionalTensor& vy,
   if (wanted[0]) {
     // The gradient is linear in the incoming one: <v, gradient at 1>.
     const Mask given{vx.has_value(), vy.has_value(), va.has_value(), vb.has_value(), veps.has_value()};
+#ifdef TD_CUDA
+    const auto& backward = is_for_cuda(x) ? backward_cuda : backward_cpu;
+#else
+    const auto& backward = backward_cpu;
+#endif
     const auto [gx, gy, ga, gb, geps] =
-        backward_cpu(at::ones_like(grad), x, y, a, b, eps, f, g, x_offsets, y_offsets, cost, rho_a, rho_b, given);
-    d_grad = at::zeros(grad.sizes(), grad.options().dtype(at::kDouble));
+        backward(at::ones_like(grad), x, y, a, b, eps, f, g, x_offsets, y_offsets, cost, rho_a, rho_b, given);
+    d_grad = at::zeros(grad.sizes(), at::kDouble);
     double* const to = d_grad.mutable_data_ptr<double>();
     const auto add = [&](const OptionalTensor& v, const Tensor& gradient, const auto& first, const auto& last) {
       if (!v.has_value()) return;
@@ -484,14 +500,14 @@ Tensors6 double_backward_cpu(const OptionalTensor& vx, const OptionalTensor& vy,
     add(vb, gb, col, [&](int64_t s) { return col(s + 1); });
     add(
         veps, geps, [](int64_t s) { return s; }, [](int64_t s) { return s + 1; });
-    d_grad = d_grad.to(grad.scalar_type());
+    d_grad = d_grad.to(grad.device(), grad.scalar_type());
   }
   const auto [hx, hy, ha, hb, heps] = in_types_of(x, a, b, eps, out);
   return {d_grad, hx, hy, ha, hb, heps};
 }
 
-Tensors5 potentials_backward_cpu(const OptionalTensor& grad_f, const OptionalTensor& grad_g, TD_SINKHORN_PROBLEM,
-                                 const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, Mask mask) {
+Tensors5 potentials_backward(const OptionalTensor& grad_f, const OptionalTensor& grad_g, TD_SINKHORN_PROBLEM,
+                             const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, Mask mask) {
   const Batch batch(x, y, a, b, eps, x_offsets, y_offsets, cost, rho_a, rho_b, at::kDouble);
   const auto out = gradients(x, y, a, b, eps, mask, at::kDouble);
   const auto F_all = as_double(grad_f), G_all = as_double(grad_g), f_double = as_double(f), g_double = as_double(g);
@@ -552,13 +568,12 @@ Tensors5 potentials_backward_cpu(const OptionalTensor& grad_f, const OptionalTen
   return in_types_of(x, a, b, eps, out);
 }
 
-Tensors2 potentials_jvp_cpu(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
-                            const OptionalTensor& vb, const OptionalTensor& veps, TD_SINKHORN_PROBLEM, const Tensor& f,
-                            const Tensor& g, TD_SINKHORN_OPTIONS) {
+Tensors2 potentials_jvp(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
+                        const OptionalTensor& vb, const OptionalTensor& veps, TD_SINKHORN_PROBLEM, const Tensor& f,
+                        const Tensor& g, TD_SINKHORN_OPTIONS) {
   const Batch batch(x, y, a, b, eps, x_offsets, y_offsets, cost, rho_a, rho_b, at::kDouble);
   const auto f_double = as_double(f), g_double = as_double(g);
-  auto df = at::empty(f.sizes(), f.options().dtype(at::kDouble)),
-       dg = at::empty(g.sizes(), g.options().dtype(at::kDouble));
+  const auto df = at::empty(f.sizes(), at::kDouble), dg = at::empty(g.sizes(), at::kDouble);
   const Directions directions(vx, vy, va, vb, veps);
   batch.for_each([&](int64_t s) {
     const Problem p = batch.problem(s);
@@ -571,7 +586,7 @@ Tensors2 potentials_jvp_cpu(const OptionalTensor& vx, const OptionalTensor& vy, 
     write<double>(df, batch.row_start(s), tangent.df);
     write<double>(dg, batch.col_start(s), tangent.dg);
   });
-  return {df.to(f.scalar_type()), dg.to(g.scalar_type())};
+  return {df.to(f.device(), f.scalar_type()), dg.to(g.device(), g.scalar_type())};
 }
 
 Tensor plan_cpu(const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, bool transpose,
@@ -604,12 +619,12 @@ Tensor plan_cpu(const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Ten
   return out;
 }
 
-Tensors7 plan_backward_cpu(const Tensor& grad, const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g,
-                           bool transpose, TD_SINKHORN_OPTIONS, std::array<bool, 7> mask) {
+Tensors7 plan_backward(const Tensor& grad, const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g,
+                       bool transpose, TD_SINKHORN_OPTIONS, std::array<bool, 7> mask) {
   const Batch batch(x, y, a, b, eps, x_offsets, y_offsets, cost, rho_a, rho_b, at::kDouble);
   const auto out = gradients(x, y, a, b, eps, {mask[0], mask[1], mask[2], mask[3], mask[4]}, at::kDouble);
   const auto one = [](bool wanted, const Tensor& t) {
-    return at::empty(wanted ? t.sizes() : at::IntArrayRef{0}, t.options().dtype(at::kDouble));
+    return at::empty(wanted ? t.sizes() : at::IntArrayRef{0}, at::kDouble);
   };
   const Tensor grad_f = one(mask[5], f), grad_g = one(mask[6], g);
   const auto f_double = as_double(f), g_double = as_double(g);
@@ -654,7 +669,7 @@ Tensors7 plan_backward_cpu(const Tensor& grad, const Tensor& v, TD_SINKHORN_PROB
     if (mask[1] || mask[3] || mask[6]) side(Side::Columns, out[1], out[3], grad_g, mask[1], mask[3], mask[6], false);
   });
   const auto [gx, gy, ga, gb, geps] = in_types_of(x, a, b, eps, out);
-  return {gx, gy, ga, gb, geps, grad_f.to(f.scalar_type()), grad_g.to(g.scalar_type())};
+  return {gx, gy, ga, gb, geps, grad_f.to(f.device(), f.scalar_type()), grad_g.to(g.device(), g.scalar_type())};
 }
 
 Tensors3 marginals_cpu(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS) {

@@ -35,22 +35,30 @@ using Mask = std::array<bool, 5>;  // x, y, a, b, eps
 #define TD_SINKHORN_OPTIONS \
   const OptionalTensor &x_offsets, const OptionalTensor &y_offsets, int64_t cost, double rho_a, double rho_b
 
+// _cpu, _cuda: on tensors of that device. The others take both; on CUDA they are led by the host, over vectors of atoms
+// that have been copied to it, and only their sweeps over pairs run on the device.
 Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, int64_t max_iter, TD_SINKHORN_OPTIONS);
 Tensors5 backward_cpu(const Tensor& grad, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS,
                       Mask mask);
-Tensors6 double_backward_cpu(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
-                             const OptionalTensor& vb, const OptionalTensor& veps, const Tensor& grad,
-                             TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS,
-                             std::array<bool, 6> mask);
-Tensors5 potentials_backward_cpu(const OptionalTensor& grad_f, const OptionalTensor& grad_g, TD_SINKHORN_PROBLEM,
-                                 const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, Mask mask);
-Tensors2 potentials_jvp_cpu(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
-                            const OptionalTensor& vb, const OptionalTensor& veps, TD_SINKHORN_PROBLEM, const Tensor& f,
-                            const Tensor& g, TD_SINKHORN_OPTIONS);
+Tensors6 double_backward(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
+                         const OptionalTensor& vb, const OptionalTensor& veps, const Tensor& grad, TD_SINKHORN_PROBLEM,
+                         const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, std::array<bool, 6> mask);
+Tensors5 potentials_backward(const OptionalTensor& grad_f, const OptionalTensor& grad_g, TD_SINKHORN_PROBLEM,
+                             const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS, Mask mask);
+Tensors2 potentials_jvp(const OptionalTensor& vx, const OptionalTensor& vy, const OptionalTensor& va,
+                        const OptionalTensor& vb, const OptionalTensor& veps, TD_SINKHORN_PROBLEM, const Tensor& f,
+                        const Tensor& g, TD_SINKHORN_OPTIONS);
 Tensor plan_cpu(const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, bool transpose,
                 TD_SINKHORN_OPTIONS);
-Tensors7 plan_backward_cpu(const Tensor& grad, const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g,
-                           bool transpose, TD_SINKHORN_OPTIONS, std::array<bool, 7> mask);
+Tensors7 plan_backward(const Tensor& grad, const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g,
+                       bool transpose, TD_SINKHORN_OPTIONS, std::array<bool, 7> mask);
 Tensors3 marginals_cpu(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS);
+
+Tensors6 solve_cuda(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, int64_t max_iter, TD_SINKHORN_OPTIONS);
+Tensors5 backward_cuda(const Tensor& grad, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS,
+                       Mask mask);
+Tensor plan_cuda(const Tensor& v, TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, bool transpose,
+                 TD_SINKHORN_OPTIONS);
+Tensors3 marginals_cuda(TD_SINKHORN_PROBLEM, const Tensor& f, const Tensor& g, TD_SINKHORN_OPTIONS);
 
 }  // namespace torch_divergence::transport

@@ -1,12 +1,14 @@
 // One problem of a batch, laid out for the pair kernels.
 #pragma once
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <deque>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -15,6 +17,14 @@
 #include "sinkhorn/sinkhorn_solver.h"
 
 namespace torch_divergence::transport {
+
+// Values of a problem that no shape or dtype tells.
+void check_values(const Problem& p, double rounding);
+// By how much, relatively, the masses of two hard marginals may differ.
+inline double mass_rounding_of(at::ScalarType type) { return type == at::kDouble ? 1e-10 : 1e-5; }
+void warn_not_converged(double tol, int64_t max_iter);
+// Offsets of a ragged batch over so many atoms, on the host.
+std::vector<int64_t> checked_starts(const at::Tensor& offsets, int64_t atoms, const char* argument);
 
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -29,12 +39,22 @@ void run_rows(Kernel kernel, const Call& call) {
                    [&](int64_t begin, int64_t end) { kernel(call, begin * kBlock, std::min(rows, end * kBlock)); });
 }
 
+// A sweep over the pairs of one problem on a CUDA device; the call's arrays are the host's.
+void sweep_on_cuda(const PairSweep& call, c10::Device device);
+
 template <class A>
 class Sample {
  public:
-  // points: x (n, dims), y (m, dims), null for x again;  matrix: C (n, m).
-  Sample(int cost, int64_t n, int64_t m, int64_t dims, const A* x, const A* y)
-      : cost_(cost == kCosine ? kHalfSqEuclidean : cost), n_(n), m_(m), dims_(dims), offset_x_(n), offset_y_(m) {
+  // points: x (n, dims), y (m, dims), null for x again;  matrix: C (n, m). device: where sweeps run, if not here.
+  Sample(int cost, int64_t n, int64_t m, int64_t dims, const A* x, const A* y,
+         std::optional<c10::Device> device_ = std::nullopt)
+      : device(device_),
+        cost_(cost == kCosine ? kHalfSqEuclidean : cost),
+        n_(n),
+        m_(m),
+        dims_(dims),
+        offset_x_(n),
+        offset_y_(m) {
     if (cost == kCostMatrix) {
       matrix_ = x;
       return;
@@ -133,6 +153,8 @@ class Sample {
     return out;
   }
 
+  std::optional<c10::Device> device;
+
  private:
   void set_offsets(const std::vector<A>& points, Vector& offset) const {
     const size_t stride = static_cast<size_t>(padded(static_cast<int64_t>(offset.size())));
@@ -223,7 +245,8 @@ class Sweep {
  public:
   Sweep(const Sample<A>& sample, Side side, double eps, const Vector& f, const Vector& g)
       : rows_(static_cast<size_t>(sample.count(side))),
-        cols_(sample.count(side == Side::Rows ? Side::Columns : Side::Rows)) {
+        cols_(sample.count(side == Side::Rows ? Side::Columns : Side::Rows)),
+        device_(sample.device) {
     call.pairs = sample.pairs(side);
     call.inv_eps = 1 / eps;
     const Vector &row_offset = sample.offset(side),
@@ -251,13 +274,19 @@ class Sweep {
     slot = v.data();
     return v;
   }
-  void run() { run_rows(TD_CPU_KERNEL(sinkhorn_pair_sweep), call); }
+  void run() {
+#ifdef TD_CUDA
+    if (device_.has_value()) return sweep_on_cuda(call, *device_);
+#endif
+    run_rows(TD_CPU_KERNEL(sinkhorn_pair_sweep), call);
+  }
 
   PairSweep call{};
 
  private:
   size_t rows_;
   int64_t cols_;
+  std::optional<c10::Device> device_;
   std::deque<Vector> vectors_;
   std::deque<std::vector<A>> arrays_;
 };
