@@ -36,6 +36,7 @@ LOGITS = (
     "strided",
     "strided_peaked",
     "mask_both_far",
+    "mask_row",
     "split_odd_far",
     "same_direction",
     "level",
