@@ -156,8 +156,8 @@ struct TopkDoubleBackward {
   double* d_tail;
 };
 
-// On CUDA: all rows, on a stream; workspace: of as many doubles as kl_div_topk_workspace() says, on the same device. For
-// forward and double_backward the indices of a row ascend, its padding last. A row that is refused is a device-side
+// On CUDA: all rows, on a stream; workspace: of as many doubles as kl_div_topk_workspace() says, on the same device.
+// For forward and double_backward the indices of a row ascend, its padding last. A row that is refused is a device-side
 // assertion, a weight that is negative or not finite makes its row's loss NaN.
 namespace cuda {
 int64_t kl_div_topk_workspace(int64_t rows, int64_t classes);
