@@ -130,14 +130,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_entry<T>(slopes, i, sum);
     }
     if (k.steps == nullptr) return;
-    double step = lines.cost_of(0, 0) / 2;
-    if (i > 0) {
-      step = 0;
-      for (const bool own_first : {true, false}) {
-        const int64_t j = lines.left_before(i - 1, own_first);
-        step += (lines.cost_of(i, j) - lines.cost_of(i - 1, j)) / 2;
-      }
-    }
+    const auto grown = [&](bool own_first) {
+      const int64_t j = lines.left_before(i - 1, own_first);
+      return lines.cost_of(i, j) - lines.cost_of(i - 1, j);
+    };
+    const double step = i == 0 ? lines.cost_of(0, 0) / 2 : (grown(true) + grown(false)) / 2;
     k.steps[task.row * lines.own.size + i] = step;
   });
 }
