@@ -190,7 +190,7 @@ __device__ bool statistics(const RowTask& task, int number, const Pieces& pieces
           scan_piece<T>(v, row.inv_t, mine.p);
           if (mine.p.top > before) {
 #pragma unroll
-            for (int i = K - 1; i >= 0; --i)
+            for (int i = K; i-- > 0;)
               if (v[i] == mine.p.top) mine.at = static_cast<double>(piece.at(i));
           }
         }
@@ -417,10 +417,11 @@ __device__ __forceinline__ void at_label(const Piece<T>& piece, int64_t label, c
 #pragma unroll
   for (int r = 0; r < kPiece<T>; r += R) {
     const int64_t in_run = label - piece.at(r);
-    if (in_run < 0 || in_run >= R) continue;
+    if (in_run >= 0 && in_run < R) {
 #pragma unroll
-    for (int k = 0; k < R; ++k)
-      if (in_run == k) f(r + k);
+      for (int k = 0; k < R; ++k)
+        if (in_run == k) f(r + k);
+    }
   }
 }
 
@@ -487,13 +488,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
   const double weight = weight_of(k.weight, task.row);
-  LabelStat stat{};
+  RowPointer<const char> row(k.rows.x, task.row);
+  const double inv_t = inverse_temperature<A>(k.rows.temperature);
+  int64_t label = 0;
+  RowLabel whole;
   if (weight != 0) {
-    const int64_t label = label_of(k.rows, task.row);
-    RowPointer<const char> row(k.rows.x, task.row);
+    label = label_of(k.rows, task.row);
     const Pieces pieces(k.rows.classes, row);
-    const double inv_t = inverse_temperature<A>(k.rows.temperature);
-    RowLabel whole;
     const auto part = [&] {
       ThreadLabel<A> thread(inv_t);
       RowLabel dropped;
@@ -524,10 +525,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     };
     if (!task.reduce(0, whole, part, [&](const RowLabel& x) { return merged_label<kSmooth>(task.team, x, inv_t); }))
       return;
-    if (!task.writes()) return;
-    stat = whole.finish(load_entry<T>(row, label), inv_t, k.rows.smoothing, k.rows.classes);
   }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+  if (!task.writes()) return;
+  LabelStat stat{};
+  if (weight != 0) stat = whole.finish(load_entry<T>(row, label), inv_t, k.rows.smoothing, k.rows.classes);
+  store_row(k, task.row, weight, stat);
 }
 
 template <class T, bool kSmooth>

@@ -176,7 +176,7 @@ struct Problem {
         coefficient(DType::Double, c.rows, "coefficient", true) {
     std::mt19937_64 random(static_cast<uint64_t>(c.classes) * 7 + static_cast<uint64_t>(c.rows));
     for (int64_t i = 0; i < c.rows; ++i) {
-      const int64_t label = i % 3 == 0 ? c.classes - 1 : i % 3 == 1 ? 0 : -100;
+      const int64_t label = i % 3 == 0 ? c.classes - 1 : i % 3 == 1 ? 0 : i == 2 ? c.classes : -100;
       labels[static_cast<size_t>(i)] = label;
       std::vector<double> t, x;
       for (int64_t j = 0; j < c.classes; ++j) {
