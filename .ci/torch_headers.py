@@ -21,7 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-SUPPORTED = ("2.11", "2.12", "2.13", "2.14", "2.15")
+SUPPORTED = ("2.12", "2.13", "2.14", "2.15")
 
 
 def installed_torch() -> Path:
