@@ -156,7 +156,7 @@ static-gate: $(STAMPS)/venv
 
 mutants mutants-sample: $(STAMPS)/venv
 	$(call say,CUDA kernels with seeded bugs)
-	python tests/cuda/mutants.py $(if $(filter mutants-sample,$@),--sample 6)
+	python tests/cuda/mutants.py $(if $(filter mutants-sample,$@),--sample 3)
 
 # The same C++ project against a CMake install and against a wheel unpacked beside torch, as pip would.
 INSTALL := $(CURDIR)/build/install-test
