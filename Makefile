@@ -128,7 +128,7 @@ EMULATED_OWN_TESTS := test_mpmath or test_zeros or test_row_weight or not_a_dist
   left_out or masked_classes or no_distribution or zero_targets or both_sides or near_the_optimum or double_backward_against
 # Losses with a file of tests of their own: all but what is another composition of operators, checks arguments only, or
 # expects the ValueErrors of the CPU kernels, where a device has assertions, its stored gradients or its order of summation.
-EMULATED_FILES := $(foreach loss,fisher_vector_product gaussian_kl kl_div_topk wasserstein_1d sliced_wasserstein,tests/test_$(loss).py)
+EMULATED_FILES := $(foreach loss,fisher_vector_product gaussian_kl kl_div_topk,tests/test_$(loss).py)
 NOT_EMULATED := test_full or value_and_grad or padding_is_dropped or opcheck or test_bad_input or test_errors or test_negative_weight or test_modules or threads
 test-cuda: build
 	$(call say,CUDA kernels on an emulated device)

@@ -31,8 +31,8 @@ FILTERS = {
     "sm_90": (*(f"Logits/{name}" for name in LOGITS), "OtherSpaces/odd", "OtherSpaces/less_than_a_piece"),
 }
 SUITES = {"kl_div": "KlDivCuda", "js_div": "JsDivCuda"}
-# Not js_div for sm_90: its cases take ten minutes there, and one fails (kl_1e_12, where 2 ulp of error in every exponential
-# leave -5e-21 of a derivative that is 0).
+# Not js_div for sm_90: its cases take ten minutes there, and one fails (kl_1e_12, where 2 ulp of error in every
+# exponential leave -5e-21 of a derivative that is 0).
 RUNS = [("kl_div", "sm_80"), ("kl_div", "sm_90"), ("js_div", "sm_80")]
 
 
