@@ -55,7 +55,7 @@ demo: build
 	@echo; echo "more (docs/examples.md), in Python and in C++: policy_optimization, vae, gan, wgan;"; \
 	echo "in Python: domain_alignment, gradient_flow, colour_transfer"
 
-test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate mutants-sample install-test docs
+test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate install-test docs
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
