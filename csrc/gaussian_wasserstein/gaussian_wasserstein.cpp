@@ -74,21 +74,46 @@ struct Factor {
   }
 };
 
+Tensor lyapunov_composite(const Tensor& /*k*/, const Tensor& y, const Tensor& other, const Tensor& s, const Tensor& z,
+                          bool transposed) {
+  const auto inverse = reciprocal_or_zero(s).unsqueeze(-1) * other.mT();
+  const auto sum = reciprocal_or_zero(s.unsqueeze(-1) + s.unsqueeze(-2));
+  if (transposed) return matmul(matmul(inverse.mT(), sum * matmul(matmul(y.mT(), z), y)), inverse).contiguous();
+  return matmul(matmul(y, sum * matmul(matmul(inverse, z), inverse.mT())), y.mT()).contiguous();
+}
+
+// |Y1 - Y2|^2, whose relative error is that of rounding over |Y1 - Y2| / |Y1|; close matrices get the Newton step of
+// the header, which keeps the digits of S2 - S1. Not where S1 is nearly singular: the step divides by s.
+Tensor refined(const Tensor& cov1, const Tensor& cov2, const Tensor& a, const Tensor& map12, const Tensor& y1,
+               const Tensor& y2, const Tensor& s) {
+  constexpr double kClose = 1e-4, kSingular = 1e-4;
+  const auto distance = (y1 - y2).square().sum({-2, -1});
+  auto x = map12 - at::eye(cov1.size(-1), cov1.options());
+  const auto half = matmul(x, cov1), k = matmul(cov1, map12);
+  const auto residual = (cov2 - cov1) - (half + half.mT() + matmul(half, x.mT()));
+  x = x + lyapunov_composite(k, y1, y2, s, residual, /*transposed=*/true);
+  const auto apart = distance.ge(kClose * a.square().sum({-2, -1}));
+  const auto singular = s.amin(-1).le(kSingular * s.amax(-1));
+  return at::where(apart.logical_or(singular), distance, matmul(x, a).square().sum({-2, -1}));
+}
+
 Bures bures_composite(const Tensor& cov1, const Tensor& cov2, double rank_tolerance) {
   const double tolerance =
       std::max(rank_tolerance, static_cast<double>(cov1.size(-1)) * std::numeric_limits<double>::epsilon());
   const Factor f1(cov1, tolerance), f2(cov2, tolerance);
   auto [w, s, vh] = at::linalg_svd(matmul(f2.a.mT(), f1.a), /*full_matrices=*/false);
   s = at::where(s <= tolerance * s.amax(-1, true), 0, s);
-  auto y1 = matmul(f1.a, vh.mT()), y2 = matmul(f2.a, w);
+  const auto y1 = matmul(f1.a, vh.mT()).contiguous(), y2 = matmul(f2.a, w).contiguous();
   const auto inverse = reciprocal_or_zero(s).unsqueeze(-2);
   const auto nan = std::numeric_limits<double>::quiet_NaN();
   const auto bad = f1.bad.logical_or(f2.bad), bad_matrix = bad.unsqueeze(-1).unsqueeze(-1);
+  auto map12 = matmul(y2 * inverse, y2.mT());
+  const auto distance = refined(cov1, cov2, f1.a, map12, y1, y2, s);
   const auto equal = (cov1 == cov2).all(-1).all(-1);
-  const auto value = at::where(bad, nan, at::where(equal, 0, (y1 - y2).square().sum({-2, -1})));
-  auto map12 = at::where(bad_matrix, nan, matmul(y2 * inverse, y2.mT()));
+  const auto value = at::where(bad, nan, at::where(equal, 0, distance));
+  map12 = at::where(bad_matrix, nan, map12);
   auto map21 = at::where(bad_matrix, nan, matmul(y1 * inverse, y1.mT()));
-  return {value, map12.contiguous(), map21.contiguous(), y1.contiguous(), y2.contiguous(), s};
+  return {value, map12.contiguous(), map21.contiguous(), y1, y2, s};
 }
 
 Bures bures_meta(const Tensor& cov1, const Tensor& /*cov2*/, double) {
@@ -96,14 +121,6 @@ Bures bures_meta(const Tensor& cov1, const Tensor& /*cov2*/, double) {
   const auto square = [&] { return at::empty_symint(sizes, cov1.options()); };
   return {at::empty_symint(sizes.slice(0, cov1.dim() - 2), cov1.options()), square(), square(), square(), square(),
           at::empty_symint(sizes.slice(0, cov1.dim() - 1), cov1.options())};
-}
-
-Tensor lyapunov_composite(const Tensor& /*k*/, const Tensor& y, const Tensor& other, const Tensor& s, const Tensor& z,
-                          bool transposed) {
-  const auto inverse = reciprocal_or_zero(s).unsqueeze(-1) * other.mT();
-  const auto sum = reciprocal_or_zero(s.unsqueeze(-1) + s.unsqueeze(-2));
-  if (transposed) return matmul(matmul(inverse.mT(), sum * matmul(matmul(y.mT(), z), y)), inverse).contiguous();
-  return matmul(matmul(y, sum * matmul(matmul(inverse, z), inverse.mT())), y.mT()).contiguous();
 }
 
 Tensor lyapunov_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor& z, bool) {

@@ -119,6 +119,30 @@ struct PairSweep {
   void* matrix_out;  // A, laid out as C: Q
 };
 
+// Whole solves of problems of at most kSmallAtoms points a side; what is meant by each is in sinkhorn_iteration.h.
+// Problem s has rows row_start[s] to row_start[s + 1] of the arrays of rows, and columns likewise.
+struct SmallSolve {
+  bool is_double;
+  int cost;
+  int64_t dims;
+  const int64_t *row_start, *col_start;
+  const void *x, *y;   // A, (rows, dims) and (columns, dims)
+  const void* matrix;  // A: C (rows, columns) of one problem after another, all of one size
+  const double *a, *b, *eps;
+  const double* init;  // g (f where symmetric); null: none
+  double rho_a, rho_b;
+  bool symmetric;  // y and b are x and a
+  double tol;
+  int64_t max_iter;
+  void *f = nullptr, *g = nullptr;  // A
+  double *value = nullptr, *marginal_error = nullptr;
+  int64_t* iterations = nullptr;
+  bool* converged = nullptr;
+};
+inline constexpr int64_t kSmallAtoms = 16;
+// Problems that the kernel solves side by side, at most: calls with fewer leave lanes empty.
+inline constexpr int64_t kSmallLanes = 8;
+
 // -- On CUDA: batches of problems, whose atoms lie one after another, counted through the batch ----------------------
 
 // As Pairs; problem s has the rows from row_start[s] and the columns from col_start[s] on. Matrices (rows, columns) lie
@@ -179,5 +203,7 @@ TD_DECLARE_CPU_KERNEL(sinkhorn_soft_min_flat, (const transport::SoftMinFlat& cal
 TD_DECLARE_CPU_KERNEL(sinkhorn_point_gradient, (const transport::PointGradient& call, int64_t begin, int64_t end))
 TD_DECLARE_CPU_KERNEL(sinkhorn_cost_range, (const transport::CostRange& call, int64_t begin, int64_t end))
 TD_DECLARE_CPU_KERNEL(sinkhorn_pair_sweep, (const transport::PairSweep& call, int64_t begin, int64_t end))
+// Problems [begin, end) of a call.
+TD_DECLARE_CPU_KERNEL(sinkhorn_solve_small, (const transport::SmallSolve& call, int64_t begin, int64_t end))
 
 }  // namespace torch_divergence

@@ -8,7 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -80,16 +80,38 @@ class Batch {
 
   template <class F>
   void for_each(const F& f) const {
-    int64_t pairs = 0;
-    for (int64_t s = 0; s < size(); ++s) pairs = std::max(pairs, rows(s) * cols(s));
-    if (pairs <= kSmall && !device_.has_value()) {
-      at::parallel_for(0, size(), std::max<int64_t>(1, (int64_t{1} << 12) / std::max<int64_t>(pairs, 1)),
-                       [&](int64_t begin, int64_t end) {
-                         for (int64_t s = begin; s < end; ++s) f(s);
-                       });
-    } else {
-      for (int64_t s = 0; s < size(); ++s) f(s);
-    }
+    for_each_of(size(), f);
+  }
+  // f(begin, end): problems that one kernel solves side by side, or a single one.
+  template <class F>
+  void for_each_group(const F& f) const {
+    std::vector<int64_t> begins;
+    for (int64_t s = 0; s < size(); ++s)
+      if (begins.empty() || s == begins.back() + kSmallLanes || !is_small(s) || !is_small(s - 1)) begins.push_back(s);
+    begins.push_back(size());
+    for_each_of(static_cast<int64_t>(begins.size()) - 1, [&](int64_t k) { f(begins[index(k)], begins[index(k + 1)]); });
+  }
+  bool is_small(int64_t s) const { return rows(s) <= kSmallAtoms && cols(s) <= kSmallAtoms; }
+  SmallSolve small_solve(const Tensor& init, double tol, int64_t max_iter) const {
+    const bool matrix = code == kCostMatrix;
+    const void* const points = matrix ? nullptr : x_.const_data_ptr();
+    return {.is_double = x_.scalar_type() == at::kDouble,
+            .cost = code,
+            .dims = dims,
+            .row_start = x_start_.data(),
+            .col_start = y_start_.data(),
+            .x = points,
+            .y = y_.defined() ? y_.const_data_ptr() : points,
+            .matrix = matrix ? x_.const_data_ptr() : nullptr,
+            .a = a_.const_data_ptr<double>(),
+            .b = b_.const_data_ptr<double>(),
+            .eps = eps_.const_data_ptr<double>(),
+            .init = init.defined() ? init.const_data_ptr<double>() : nullptr,
+            .rho_a = rho_a_,
+            .rho_b = rho_b_,
+            .symmetric = symmetric,
+            .tol = tol,
+            .max_iter = max_iter};
   }
 
   int code;  // a CostCode
@@ -98,6 +120,16 @@ class Batch {
 
  private:
   static size_t index(int64_t s) { return static_cast<size_t>(s); }
+  template <class F>
+  void for_each_of(int64_t count, const F& f) const {
+    int64_t pairs = 1;
+    for (int64_t s = 0; s < size(); ++s) pairs = std::max(pairs, rows(s) * cols(s));
+    const int64_t grain = pairs <= kSmall && !device_.has_value() ? std::max<int64_t>(1, kSmall / 64 / pairs)
+                                                                  : std::max<int64_t>(1, count);
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) f(k);
+    });
+  }
   void starts(const OptionalTensor& offsets, const Tensor& weight, const char* argument, std::vector<int64_t>& out) {
     const int64_t batch = eps_.numel();
     out.resize(index(batch + 1));
@@ -366,11 +398,23 @@ Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, 
        converged = at::empty({batch.size()}, numbers.dtype(at::kBool));
   auto f = at::empty(a.sizes(), x.options()), g = at::empty(b.value_or(a).sizes(), x.options());
   const auto warm = as_double(init);
-  std::atomic<bool> all_converged = true;
+  SmallSolve small = batch.small_solve(warm, tol, max_iter);
+  small.f = f.mutable_data_ptr();
+  small.g = g.mutable_data_ptr();
+  small.value = value.mutable_data_ptr<double>();
+  small.marginal_error = error.mutable_data_ptr<double>();
+  small.iterations = n_iter.mutable_data_ptr<int64_t>();
+  small.converged = converged.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sinkhorn", [&] {
-    batch.for_each([&](int64_t s) {
+    const double mass_rounding = mass_rounding_of(x.scalar_type());
+    batch.for_each_group([&](int64_t begin, int64_t end) {
+      if (batch.is_small(begin)) {
+        for (int64_t s = begin; s < end; ++s) check_values(batch.problem(s), mass_rounding);
+        return TD_CPU_KERNEL(sinkhorn_solve_small)(small, begin, end);
+      }
+      const int64_t s = begin;
       Problem p = batch.problem(s);
-      check_values(p, mass_rounding_of(x.scalar_type()));
+      check_values(p, mass_rounding);
       auto sample = batch.sample<scalar_t>(s);
       sample.set_cost_range(p);
       p.rounding = static_cast<double>(std::numeric_limits<scalar_t>::epsilon());
@@ -380,13 +424,13 @@ Tensors6 solve_cpu(TD_SINKHORN_PROBLEM, const OptionalTensor& init, double tol, 
       const Solution solution = solve(p, tol, max_iter, warm.defined() ? batch.of_cols(warm, s) : Vector());
       write<scalar_t>(f, batch.row_start(s), solution.f);
       write<scalar_t>(g, batch.col_start(s), solution.g);
-      value.mutable_data_ptr<double>()[s] = solution.value;
-      error.mutable_data_ptr<double>()[s] = solution.marginal_error;
-      n_iter.mutable_data_ptr<int64_t>()[s] = solution.iterations;
-      converged.mutable_data_ptr<bool>()[s] = solution.converged;
-      if (!solution.converged) all_converged = false;
+      small.value[s] = solution.value;
+      small.marginal_error[s] = solution.marginal_error;
+      small.iterations[s] = solution.iterations;
+      small.converged[s] = solution.converged;
     });
   });
+  const bool all_converged = std::all_of(small.converged, small.converged + batch.size(), [](bool c) { return c; });
   if (!all_converged && tol > 0) warn_not_converged(tol, max_iter);
   return {value, f, g, error, n_iter, converged};
 }

@@ -1,10 +1,11 @@
 // The private operators of entropic optimal transport: what they take, and their CPU implementations.
 //
-//   _sinkhorn                       value, f, g and counters             (value differentiable; f and g are its
-//   statistics) _sinkhorn_backward              gradients of the value               (differentiable: total
-//   derivatives) _sinkhorn_double_backward       Hessian of the value along a direction _sinkhorn_potentials f and g
-//   again, differentiable by the implicit function theorem _sinkhorn_potentials_backward, _sinkhorn_potentials_jvp
-//   _sinkhorn_plan                  P v or P'v                           (once differentiable)
+//   _sinkhorn                       value, f, g and counters; the value is differentiable, f and g are statistics of it
+//   _sinkhorn_backward              gradients of the value; differentiable: total derivatives
+//   _sinkhorn_double_backward       Hessian of the value along a direction
+//   _sinkhorn_potentials            f and g again, differentiable by the implicit function theorem
+//   _sinkhorn_potentials_backward, _sinkhorn_potentials_jvp
+//   _sinkhorn_plan                  P v or P'v, once differentiable
 //   _sinkhorn_plan_backward
 //   _sinkhorn_marginals             r, c and <P,C>
 #pragma once

@@ -6,29 +6,6 @@
 #include <utility>
 
 namespace torch_divergence::transport {
-namespace {
-
-// A thread that is a team by itself.
-struct OneThread {
-  template <class F>
-  void each(int64_t n, const F& f) const {
-    for (int64_t i = 0; i < n; ++i) f(i);
-  }
-  template <size_t size, class F>
-  void sums(int64_t n, double (&out)[size], const F& f) const {
-    for (double& sum : out) sum = 0;
-    for (int64_t i = 0; i < n; ++i) f(i, out);
-  }
-  template <class F>
-  double max(int64_t n, double start, const F& f) const {
-    for (int64_t i = 0; i < n; ++i) start = larger(start, f(i));
-    return start;
-  }
-  bool leads() const { return true; }
-  void sync() const {}
-};
-
-}  // namespace
 
 bool Problem::balanced() const { return std::isinf(rho_a) && std::isinf(rho_b); }
 
@@ -60,7 +37,7 @@ Solution solve(const Problem& p, double tol, int64_t max_iter, const Vector& ini
                   d_r.data(),
                   d_g.data(),
                   gram};
-  const OneThread team;
+  const OneThread<double> team;
   Progress progress;
   Iteration iteration(team, task, progress);
   for (iteration.start(p.cost_low, p.cost_high, !init.empty()); !progress.done; iteration.advance()) {
