@@ -6,6 +6,7 @@ import pathlib
 import re
 import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -314,11 +315,14 @@ def test_coincident_points_and_zero_vectors():
     close(td.sinkhorn(zero, zero, cost="cosine", eps=0.1).value, torch.tensor(1.0, dtype=F64))
 
 
-def test_nan_in_nan_out():
-    x, y = clouds(batch=(2,))
+@pytest.mark.parametrize("n", (5, 20))
+@pytest.mark.parametrize("rho", (None, 0.5))
+def test_nan_in_nan_out(n, rho):
+    x, y = clouds(n, n, batch=(2,))
     x[0, 0, 0] = math.nan
-    value = td.sinkhorn_divergence(x, y, eps=0.3)
+    value, info = td.sinkhorn_divergence(x, y, eps=0.3, rho=rho, return_info=True)
     assert value[0].isnan() and value[1].isfinite()
+    assert info.marginal_error[0].isnan() and info.converged.tolist() == [False, True]
 
 
 # ---- batches
@@ -389,6 +393,79 @@ def test_ragged_equals_loop(rho, weighted):
     first = [torch.autograd.grad(t @ v, leaves, create_graph=True) for t in (value, loop)]
     close(*first)
     close(*(torch.autograd.grad(sum(t.square().sum() for t in g), leaves) for g in first))
+
+
+SMALL = 16  # points a side up to which problems are solved side by side, one in each lane of a vector
+
+
+def beyond_small(x, a):
+    """The same problem with points of weight 0 that make it too large for that."""
+    more = SMALL + 1 - a.shape[-1]
+    return torch.cat((x, x[..., :1, :].expand(*x.shape[:-2], more, -1)), -2), torch.nn.functional.pad(a, (0, more))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("rho", (None, (0.5, 0.7)), ids=str)
+@pytest.mark.parametrize("n, m, eps", ((4, 4, 0.05), (1, 3, 0.3), (16, 9, 0.1), (2, 16, 1.0), (5, 7, 100.0)))
+@pytest.mark.parametrize("dtype", (F64, torch.float32), ids=str)
+def test_small_problems(n, m, eps, cost, rho, dtype):
+    """Solved side by side, they are what one alone among the larger ones is."""
+    x, y = clouds(n, m, batch=(11,), dtype=dtype, seed=n)
+    x = x * torch.linspace(0.3, 1.5, 11, dtype=dtype)[:, None, None]  # each with a schedule of its own
+    a, b = weights(n, batch=(11,)).to(dtype), weights(m, batch=(11,), seed=1).to(dtype)
+    if n > 1:
+        a[3, 0] = 0
+        a[3] /= a[3].sum()
+    options = {"cost": cost, "eps": eps, "rho": rho, "tol": 1e-11 if dtype == F64 else 1e-5, "max_iter": 3000}
+    small = td.sinkhorn(x, y, a, b, **options)
+    large = td.sinkhorn(
+        *(t for pair in zip(beyond_small(x, a), beyond_small(y, b), strict=True) for t in pair), **options
+    )
+    assert small.converged.all()
+    if dtype != F64:  # of potentials, tol leaves open more
+        return close(small.value, large.value, rtol=1e-6, atol=1e-6)
+    assert abs(small.n_iter.sum() - large.n_iter.sum()) <= 0.1 * large.n_iter.sum()
+    close(small.value, large.value, rtol=1e-12, atol=1e-12)
+    close(small.f, large.f[:, :n], rtol=1e-9, atol=1e-9)
+    close(small.g, large.g[:, :m], rtol=1e-9, atol=1e-9)
+
+
+def test_small_cost_matrices():
+    generator = torch.Generator().manual_seed(3)
+    C = drawn(torch.rand, 9, 4, 6, generator=generator)
+    C[2, 1, 3] = math.inf  # a pair that may not meet
+    large = torch.nn.functional.pad(C, (0, SMALL, 0, SMALL))
+    a, b = weights(4, batch=(9,)), weights(6, batch=(9,))
+    pad = partial(torch.nn.functional.pad, pad=(0, SMALL))
+    options = {"eps": 0.1, "tol": 1e-12, "return_info": True}
+    value, info = td.sinkhorn_cost(C, a, b, **options)
+    expected, larger = td.sinkhorn_cost(large, pad(a), pad(b), **options)
+    close(value, expected)
+    close(info.f, larger.f[:, :4], rtol=1e-9, atol=1e-9)
+    warm = td.sinkhorn_cost(C, a, b, init=info.g, **options)[1].n_iter
+    assert torch.equal(warm, td.sinkhorn_cost(large, pad(a), pad(b), init=larger.g, **options)[1].n_iter)
+    assert (warm <= 2).all()
+
+
+def test_small_beside_large():
+    """A ragged batch of both: each gets the bits that it gets alone."""
+    sizes = (3, 16, 17, 4, 4, 9, 30, 1, 2, 5, 6, 7, 8, 2, 2)
+    offsets = torch.tensor((0, *sizes)).cumsum(0)
+    x, y = clouds(sum(sizes), sum(sizes), 2)
+    value = td.sinkhorn_ragged(x, offsets, y, offsets, eps=0.2)
+    for i, (first, last) in enumerate(pairwise(offsets)):
+        assert torch.equal(value[i], td.sinkhorn_divergence(x[first:last], y[first:last], eps=0.2))
+
+
+@pytest.mark.parametrize("points", (4, 20))
+@pytest.mark.parametrize("max_iter", (2, 6, 15, 30))
+def test_few_iterations(max_iter, points):
+    """Stopped early, the dual is behind its maximum, but no step has thrown it far below."""
+    x, y = clouds(points, points, batch=(128,), dtype=torch.float32)
+    options = {"cost": "euclidean", "eps": 0.01, "tol": 0}
+    best = td.sinkhorn(x.double(), y.double(), **{**options, "max_iter": 2000}).value
+    behind = best - td.sinkhorn(x, y, **options, max_iter=max_iter).value
+    assert behind.min() > -1e-3 and behind.max() < 0.5
 
 
 # ---- dtypes

@@ -77,4 +77,45 @@ TD_INLINE Vec<double> exp2_of(Vec<double> t) {
 #endif
 }
 
+// log2 u within 2e-16 of the larger of 1 and itself, for u >= 3/4; 0 gives -inf, inf and NaN stay. u = 2^k m with m in
+// [sqrt(1/2), sqrt(2)) and log m = 2 artanh((m - 1)/(m + 1)) by its series, cut off at 1e-17.
+TD_INLINE Vec<double> log2_of(Vec<double> u) {
+  constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kExponent = -(int64_t{1} << 52);
+  constexpr double kLog2e = 1.4426950408889634;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i bits = _mm512_castpd_si512(u);
+  const __m512i above = _mm512_sub_epi64(bits, _mm512_set1_epi64(kSqrtHalf));
+  const Vec<double> k = _mm512_cvtepi64_pd(_mm512_srai_epi64(above, 52));
+  const Vec<double> m =
+      _mm512_castsi512_pd(_mm512_sub_epi64(bits, _mm512_and_si512(above, _mm512_set1_epi64(kExponent))));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i bits = _mm256_castpd_si256(u);
+  // Not negative: u is at least sqrt(1/2), or what comes out is not used.
+  const __m256i above = _mm256_sub_epi64(bits, _mm256_set1_epi64x(kSqrtHalf));
+  constexpr double kTwo52 = 0x1p52;  // its low bits hold an integer added to it
+  const __m256i two52 = _mm256_castpd_si256(_mm256_set1_pd(kTwo52));
+  const Vec<double> k =
+      _mm256_sub_pd(_mm256_castsi256_pd(_mm256_or_si256(_mm256_srli_epi64(above, 52), two52)), _mm256_set1_pd(kTwo52));
+  const Vec<double> m =
+      _mm256_castsi256_pd(_mm256_sub_epi64(bits, _mm256_and_si256(above, _mm256_set1_epi64x(kExponent))));
+#else
+  double whole[kLanes<double>], mantissa[kLanes<double>];
+  u.store(mantissa);
+  for (int i = 0; i < kLanes<double>; ++i) {
+    const auto bits = std::bit_cast<int64_t>(mantissa[i]), above = bits - kSqrtHalf;
+    whole[i] = static_cast<double>(above >> 52);
+    mantissa[i] = std::bit_cast<double>(bits - (above & kExponent));
+  }
+  const auto k = Vec<double>::loadu(whole), m = Vec<double>::loadu(mantissa);
+#endif
+  const Vec<double> one(1.0), f = (m - one) / (m + one), s = f * f;
+  Vec<double> series(2 * kLog2e / 21);
+  unrolled<10>([&](auto n) __attribute__((always_inline)) {
+    series = fmadd(series, s, Vec<double>(2 * kLog2e / (19 - 2 * decltype(n)::value)));
+  });
+  const Vec<double> y = fmadd(f, series, k);
+  const Vec<double> usual = (u >= Vec<double>(0.75)) & (u < Vec<double>(kInf<double>));
+  return all(usual) ? y : select(usual, y, u.log2());
+}
+
 }  // namespace torch_divergence::cpu::CPU_CAPABILITY

@@ -413,7 +413,9 @@ class Iteration {
     set(on & (s_.marginal_error < s_.best), s_.best, s_.marginal_error);
     const Mask waits = on & (s_.pause > Count(0));
     s_.pause = where(waits, Count(s_.pause - 1), s_.pause);
-    Mask mixes = on & !waits & (s_.count > Count(0)) & (s_.marginal_error <= 2 * s_.best);
+    // Nobody looks back on the last iteration: it starts from a plain step.
+    Mask mixes = on & !waits & (s_.count > Count(0)) & (s_.marginal_error <= 2 * s_.best) &
+                 (s_.iterations < Count(p_.max_iter - 1));
     if (!any(mixes)) return;
 
     Real gamma[kMemory];
@@ -478,9 +480,10 @@ class Iteration {
     for (int k = 0; k < kMemory; ++k) A[k][k] = where(s_.count > Count(k), Real(A[k][k] + ridge), Real(1));
     TD_UNROLL
     for (int k = 0; k < kMemory; ++k) {
+      A[k][k] = 1 / A[k][k];
       TD_UNROLL
       for (int i = k + 1; i < kMemory; ++i) {
-        const Real factor = A[i][k] / A[k][k];
+        const Real factor = A[i][k] * A[k][k];
         TD_UNROLL
         for (int j = k + 1; j <= i; ++j) A[i][j] = A[i][j] - factor * A[j][k];
         gamma[i] = gamma[i] - factor * gamma[k];
@@ -490,7 +493,7 @@ class Iteration {
     for (int k = kMemory - 1; k >= 0; --k) {
       TD_UNROLL
       for (int j = k + 1; j < kMemory; ++j) gamma[k] = gamma[k] - A[j][k] * gamma[j];
-      gamma[k] = gamma[k] / A[k][k];
+      gamma[k] = gamma[k] * A[k][k];
     }
     return (ridge > Real(0)) & (ridge < Real(kNone));
   }

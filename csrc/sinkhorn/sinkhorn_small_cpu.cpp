@@ -1,6 +1,6 @@
 // Entropic optimal transport between few points, from the first iteration to the last: a problem in each lane of a
 // vector, because a loop over so few atoms would leave its lanes empty. Compiled once per instruction set
-// (CPU_CAPABILITY). All in double; costs are computed once.
+// (CPU_CAPABILITY). All but the exponentials is in double; costs are computed once.
 #include <algorithm>
 #include <memory>
 
@@ -51,6 +51,35 @@ struct Lanes {
   TD_INLINE friend Lanes log(Lanes a) { return Lanes(a.v.log()); }
   TD_INLINE friend Lanes expm1(Lanes a) { return Lanes(a.v.expm1()); }
 };
+
+// Two vectors side by side in float, and what such a pair adds up to.
+TD_INLINE Vec<float> narrowed(D a, D b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)), _mm512_cvtpd_ps(b), 1);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a)), _mm256_cvtpd_ps(b), 1);
+#else
+  double wide[kLanes<float>];
+  float lanes[kLanes<float>];
+  a.store(wide);
+  b.store(wide + kLanes<double>);
+  std::copy_n(wide, kLanes<float>, lanes);
+  return Vec<float>::loadu(lanes);
+#endif
+}
+TD_INLINE D sum_of_halves(Vec<float> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtps_pd(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+#else
+  float lanes[kLanes<float>];
+  double sums[kLanes<double>];
+  v.store(lanes);
+  for (int i = 0; i < kLanes<double>; ++i) sums[i] = lanes[i] + lanes[i + kLanes<double>];
+  return D::loadu(sums);
+#endif
+}
 
 constexpr int kProblems = kLanes<double>;
 static_assert(kProblems <= kSmallLanes);
@@ -211,9 +240,9 @@ class Group {
   void soft_min(bool of_rows, const Lanes& eps, const Mask& on, const Lanes* potential, Lanes* out) const {
     const int64_t n = of_rows ? n_ : m_, m = of_rows ? m_ : n_, row = of_rows ? m_ : 1, col = of_rows ? 1 : m_;
     const Lanes* const log_weight = of_rows ? log_b_ : log_a_;
-    const Lanes per_eps = kLog2e / eps;
+    const Lanes per_eps = kLog2e / eps, unit = -eps / kLog2e;
     const Mask flat = on & (eps > high_ - low_);
-    Lanes score[kSmallAtoms], z[kSmallAtoms];
+    Lanes score[kSmallAtoms], z[kSmallAtoms + 1];
     for (int64_t j = 0; j < m; ++j)
       score[j] = where(log_weight[j] > Lanes(kNoScore), Lanes(log_weight[j] + potential[j] * per_eps), Lanes(kNoScore));
     for (int64_t i = 0; i < n; ++i) {
@@ -223,11 +252,22 @@ class Group {
         z[j] = score[j] - cost[j * col] * per_eps;
         top = Lanes(max_of(z[j].v, top.v));
       }
-      D sum(0.0);
-      for (int64_t j = 0; j < m; ++j) sum = sum + exp2_of((z[j] - top).v);
-      Lanes value = -(top + Lanes(sum.log2())) / per_eps;
+      Lanes value = (top + Lanes(log2_of(sum_of_powers(z, m, top.v)))) * unit;
       if (any(flat)) value = where(flat, flat_soft_min(of_rows, cost, col, eps, potential), value);
       out[i] = where(on, value, out[i]);
+    }
+  }
+  // sum_j 2^(z_j - top) for j < m, in A; there is room for one more z.
+  static D sum_of_powers(Lanes* z, int64_t m, D top) {
+    if constexpr (std::is_same_v<A, double>) {
+      D sum(0.0);
+      for (int64_t j = 0; j < m; ++j) sum = sum + exp2_of(z[j].v - top);
+      return sum;
+    } else {
+      Vec<float> sum(0.f);
+      z[m] = kNoScore;
+      for (int64_t j = 0; j < m; j += 2) sum = sum + exp2_of(narrowed(z[j].v - top, z[j + 1].v - top));
+      return sum_of_halves(sum);
     }
   }
   // SoftMinFlat of a row.
