@@ -88,7 +88,7 @@ Tensor refined(const Tensor& cov1, const Tensor& cov2, const Tensor& a, const Te
                const Tensor& y2, const Tensor& s) {
   constexpr double kClose = 1e-4, kSingular = 1e-4;
   const auto distance = (y1 - y2).square().sum({-2, -1});
-  auto x = map12 - at::eye(cov1.size(-1), cov1.options());
+  auto x = (map12 + map12.mT()) / 2 - at::eye(cov1.size(-1), cov1.options());  // else a rotation stays in it
   const auto half = matmul(x, cov1), k = matmul(cov1, map12);
   const auto residual = (cov2 - cov1) - (half + half.mT() + matmul(half, x.mT()));
   x = x + lyapunov_composite(k, y1, y2, s, residual, /*transposed=*/true);
