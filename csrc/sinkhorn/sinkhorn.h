@@ -183,6 +183,9 @@ struct SweepBatch {
   const int64_t *row_start, *col_start;
   int64_t problems;
   const double* eps;
+  // The W of each row over its largest, b being positive: for ratios of sums at potentials however far from solving the
+  // problem, where all W of a row may vanish or overflow.
+  bool over_largest = false;
 };
 
 }  // namespace transport

@@ -599,8 +599,7 @@ __global__ void __launch_bounds__(kThreads) solve_small(const Solver solver) {
   if (block.leads()) solver.call.status[problem] = valid ? slot.status() : kSinkhornInvalid;
 }
 
-// -- Sums of pair weights
-// -------------------------------------------------------------------------------------------------
+// -- Sums of pair weights --------------------------------------------------------------------------------------------
 
 // z e^z - e^z + 1, by its series (k - 1)/k! z^k near 0, where the direct form cancels.
 template <class A>
@@ -657,6 +656,30 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
           row_p = k.p == nullptr ? A(0) : static_cast<A>(k.p[i]), lambda = static_cast<A>(k.lambda),
           veps = static_cast<A>(k.veps);
 
+  // |x - y|^2, |x - y| or C; along: <x - y, vx - vy>
+  const auto raw_cost = [&](int64_t j, A& along) {
+    if (!points) return static_cast<const A*>(p.matrix)[entry_of_row + j * p.col_stride];
+    A raw = 0;
+    for (int64_t n = 0; n < p.dims; ++n) {
+      const A d = x[n * p.x_stride + i] - y[n * p.y_stride + j];
+      raw = std::fma(d, d, raw);
+      if (wants_d && moves)
+        along = std::fma(d, entry<A>(k.vx, n * p.x_stride + i) - entry<A>(k.vy, n * p.y_stride + first + j), along);
+    }
+    return euclidean ? std::sqrt(raw) : raw;
+  };
+  const auto exponent_of = [&](int64_t j, A c) { return (f + (entry<A>(k.g, first + j) - c)) * inv_eps; };
+  A largest[1] = {0};
+  if (batch.over_largest) {
+    largest[0] = -std::numeric_limits<A>::infinity();
+    for (int64_t j = warp.rank; j < cols; j += kWarp) {
+      A along = 0;
+      const A exponent = exponent_of(j, raw_cost(j, along) * scale);
+      if (static_cast<const A*>(k.b)[first + j] > 0 && exponent > largest[0]) largest[0] = exponent;
+    }
+    warp.reduce(largest, [](A s, A t) { return s < t ? t : s; });
+  }
+
   Sum<A> sum, sum_cost, sum_z, entropy;
   for (int64_t tile = 0; tile < cols; tile += kTile * kWarp) {
     // Of the tile: Q, Q times the factor of d1C, and what multiplies vx - vy.
@@ -666,19 +689,9 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
       const int64_t j = tile + v * kWarp + warp.rank, col = first + j;
       weight[v] = pull[v] = push[v] = 0;
       if (j >= cols) continue;
-      A raw = 0, along = 0;  // along: <x - y, vx - vy>
-      if (points) {
-        for (int64_t n = 0; n < p.dims; ++n) {
-          const A d = x[n * p.x_stride + i] - y[n * p.y_stride + j];
-          raw = std::fma(d, d, raw);
-          if (wants_d && moves)
-            along = std::fma(d, entry<A>(k.vx, n * p.x_stride + i) - entry<A>(k.vy, n * p.y_stride + col), along);
-        }
-        if (euclidean) raw = std::sqrt(raw);
-      } else {
-        raw = static_cast<const A*>(p.matrix)[entry_of_row + j * p.col_stride];
-      }
-      const A c = raw * scale, exponent = (f + (entry<A>(k.g, col) - c)) * inv_eps, z = exponent > cut ? cut : exponent;
+      A along = 0;
+      const A raw = raw_cost(j, along), c = raw * scale, exponent = exponent_of(j, c) - largest[0],
+              z = exponent > cut ? cut : exponent;
       const A e = exp2_of(z * static_cast<A>(kLog2e)), b = static_cast<const A*>(k.b)[col];
       // The factor of x - y in d1C.
       const A factor = euclidean ? (raw > 0 ? 1 / raw : A(0)) : p.cost == kSqEuclidean ? A(2) : A(1);
@@ -743,8 +756,7 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
     if (to[n] != nullptr) to[n][i] = sums[n];
 }
 
-// -- Launchers
-// ------------------------------------------------------------------------------------------------------------
+// -- Launchers -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kSmallSide = 256;
 

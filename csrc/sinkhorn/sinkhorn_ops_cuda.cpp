@@ -156,8 +156,9 @@ class BatchSweep {
     slot = out.mutable_data_ptr<double>();
     return out;
   }
-  void run() {
+  void run(bool over_largest = false) {
     const c10::cuda::CUDAGuard guard(batch_.eps.device());
+    batch_call_.over_largest = over_largest;
     cuda::sinkhorn_pair_sweep(call, batch_call_, c10::cuda::getCurrentCUDAStream());
   }
 
@@ -295,7 +296,7 @@ Tensors5 backward_cuda(const Tensor& grad, TD_SINKHORN_PROBLEM, const Tensor& f,
       const auto sum = sweep.wanted(sweep.call.sum);
       const auto points = at::empty({sum.numel(), batch.dims()}, sum.options().dtype(batch.type));
       sweep.call.gradient = points.mutable_data_ptr();
-      sweep.run();
+      sweep.run(/*over_largest=*/true);
       const auto scale = batch.of_problem(factor, side) * own * (-potential / rho).exp() / sum;
       give(at_points, points.to(at::kDouble) * at::where(own > 0, scale, 0.0).unsqueeze(-1), rows ? x : y.value_or(x));
     }

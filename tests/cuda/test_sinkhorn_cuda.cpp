@@ -482,4 +482,53 @@ TEST(SinkhornCudaSweep, EqualsItsFormula) {
       }
 }
 
+// The gradient by points is an average, whose weights may all be beyond the exponential's range.
+TEST(SinkhornCudaSweep, AveragesAtAnyPotentials) {
+  for (const bool is_double : {false, true})
+    for (const double level : {-3000.0, 0.0, 3000.0}) {
+      const Case c{
+          .name = "", .rows = {2}, .cols = {70}, .dims = 3, .cost = kEuclidean, .eps = 1, .is_double = is_double};
+      Device d(c);
+      const int64_t n = 2, m = 70;
+      std::vector<double> f(n, level), g(m), b(m, 1.0 / 64);
+      for (int64_t j = 0; j < m; ++j) g[static_cast<size_t>(j)] = 0.0625 * static_cast<double>(j % 16);
+      g[5] = 9000, b[5] = 0;  // far above all others, and without weight
+      auto& arrays = d.arrays;
+      PairSweep k{};
+      k.pairs = {is_double, kEuclidean, n, 0, 3, d.pairs.x, d.pairs.y, n, m, nullptr, 1, 1};
+      k.f = arrays.add(f, "f");
+      k.g = arrays.of_type(is_double, g, "g"), k.b = arrays.of_type(is_double, b, "b");
+      k.alpha = 1;
+      k.sum = arrays.add(unknown(n), "sum", false);
+      k.gradient = arrays.of_type(is_double, unknown(n * 3), "gradient", false);
+      simt::options = {};
+      simt::options.only_buffers = true;
+      cuda::sinkhorn_pair_sweep(k, {d.pairs.row_start, d.pairs.col_start, 1, d.eps_, /*over_largest=*/true}, nullptr);
+      simt::options = {};
+      for (int64_t i = 0; i < n; ++i) {
+        Real total = 0, pulled[3] = {};
+        for (int64_t j = 0; j < m; ++j) {
+          const Real cost = d.cost(0, i, j),
+                     w = static_cast<Real>(b[static_cast<size_t>(j)]) *
+                         (j == 5 ? 0 : std::exp((static_cast<Real>(g[static_cast<size_t>(j)]) - cost) / d.eps[0]));
+          total += w;
+          for (int64_t e = 0; e < 3; ++e)
+            pulled[e] += w *
+                         (static_cast<Real>(d.x[static_cast<size_t>(e * n + i)]) -
+                          static_cast<Real>(d.y[static_cast<size_t>(e * m + j)])) /
+                         cost;
+        }
+        for (int64_t e = 0; e < 3; ++e) {
+          const double got = is_double ? static_cast<const double*>(k.gradient)[i * 3 + e]
+                                       : static_cast<double>(static_cast<const float*>(k.gradient)[i * 3 + e]);
+          // In float a level of 3000 leaves a potential three digits behind the point.
+          EXPECT_NEAR(got / k.sum[i], static_cast<double>(pulled[e] / total),
+                      is_double    ? 1e-11
+                      : level == 0 ? 1e-6
+                                   : 1e-3);
+        }
+      }
+    }
+}
+
 }  // namespace
