@@ -805,19 +805,17 @@ dim3 grid_of(int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// f.template operator()<A, D>()
+// f.template operator()<A, D>(). In double, whose arithmetic takes longer than finding the coordinates, D is kAnyDims:
+// a solve with its own D would not find room in registers.
 template <class F>
 void dispatch_pairs(const PairBatch& p, const F& f) {
   const auto with_type = [&]<class A>() {
     if (p.cost == kCostMatrix) return f.template operator()<A, kMatrix>();
-    switch (p.dims) {
-      case 2:
-        return f.template operator()<A, 2>();
-      case 3:
-        return f.template operator()<A, 3>();
-      default:
-        return f.template operator()<A, kAnyDims>();
+    if constexpr (std::is_same_v<A, float>) {
+      if (p.dims == 2) return f.template operator()<A, 2>();
+      if (p.dims == 3) return f.template operator()<A, 3>();
     }
+    return f.template operator()<A, kAnyDims>();
   };
   p.is_double ? with_type.template operator()<double>() : with_type.template operator()<float>();
 }
