@@ -120,6 +120,12 @@ struct LabelStat {
   TD_HOST_DEVICE void store(double* x) const { x[0] = base, x[1] = log_z, x[2] = at_label, x[3] = loss; }
 };
 
+// The gradient's factors, of which the statistics hold logarithms.
+struct LabelShares {
+  double unit;    // e^-log_z
+  double others;  // 1 - q_y
+};
+
 // Online sums over the classes other than the label, a = (x - max)/T.
 struct LabelScan {
   double max = -std::numeric_limits<double>::infinity();
@@ -142,28 +148,38 @@ struct LabelScan {
   }
   // x: the label's entry.
   TD_HOST_DEVICE LabelStat finish(double x, double inv_t, double smoothing, int64_t classes) {
+    LabelShares unused;
+    return finish(x, inv_t, smoothing, classes, unused);
+  }
+  TD_HOST_DEVICE LabelStat finish(double x, double inv_t, double smoothing, int64_t classes, LabelShares& shares) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    if (!(x < std::numeric_limits<double>::infinity())) return {nan, nan, nan, nan};
-    LabelStat stat{};
-    if (sum == 0) {  // the label's class alone
-      if (std::isinf(x)) return {nan, nan, nan, nan};
-      raise(x, inv_t);
-      stat.base = max;
-    } else {
-      const double log_others = std::log(sum), a = (max - x) * inv_t + log_others;
-      stat.base = max, stat.log_z = log_others + softplus(-a), stat.at_label = softplus(a);
+    const bool alone = sum == 0;
+    if (!(x < std::numeric_limits<double>::infinity()) || (alone && std::isinf(x))) {
+      shares = {nan, nan};
+      return {nan, nan, nan, nan};
     }
-    stat.loss = stat.at_label;
+    LabelStat stat{};
+    if (alone) {  // the label's class alone
+      raise(x, inv_t);
+      shares = {1, 0};
+    } else {
+      const double u = (x - max) * inv_t, apart = std::exp(-std::fabs(u));
+      if (u > 0) {
+        const double others = sum * apart;
+        stat.at_label = std::log1p(others), stat.log_z = u + stat.at_label;
+        shares = {apart / (1 + others), others / (1 + others)};
+      } else {
+        const double all = sum + apart;
+        stat.log_z = std::log(all), stat.at_label = stat.log_z - u;
+        shares = {1 / all, sum / all};
+      }
+    }
+    stat.base = max, stat.loss = stat.at_label;
     if (smoothing != 0) {
       const double k = static_cast<double>(classes), every = drop + k * stat.log_z;
       stat.loss = (smoothing == 1 ? 0 : (1 - smoothing) * stat.at_label) + smoothing / k * every;
     }
     return stat;
-  }
-
- private:
-  TD_HOST_DEVICE static double softplus(double a) {
-    return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
   }
 };
 

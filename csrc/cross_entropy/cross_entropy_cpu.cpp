@@ -1,8 +1,9 @@
 // CPU kernels of cross-entropy. Compiled once per instruction set (CPU_CAPABILITY); formulas in cross_entropy.h.
 //
 // Class labels over logits: SIMD in float (double for double inputs), half types widened in registers, memory read
-// once. With label smoothing, where q - p' may be small beside both, in double. Two sides in logits of float and the
-// half types without smoothing: SIMD in float, but for P's gradient. Everything else: SIMD in double for all types.
+// once; over rows instead of over classes where these are few. With label smoothing, where q - p' may be small beside
+// both, in double. Two sides in logits of float and the half types without smoothing: SIMD in float, but for P's
+// gradient. Everything else: SIMD in double for all types.
 #include "cross_entropy/cross_entropy.h"
 
 #include <algorithm>
@@ -155,13 +156,16 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
 // that has it.
 static_assert(KlDivStat::kSize <= CrossEntropyStat::kLoss);
 TD_INLINE auto leave_in(double* stats, const CrossEntropyRows& rows, ForEach columns) {
-  return [stats, &rows, columns](int64_t row, const auto* p, const KlDivStat& kl) {
+  return [stats, &rows, columns](int64_t row, const auto* p, const float* exps, const KlDivStat& kl) {
     double* const stat = stats + CrossEntropyStat::kSize * row;
     std::fill_n(stat, CrossEntropyStat::kSize, 0.0);
     kl.store(stat);
     if (p == nullptr) return 0.0;
+    const auto entropy = [&](const auto& from) {
+      return entropy_of_logits<false>(p, rows.classes, rows.temperature, columns, from).entropy;
+    };
     return stat[CrossEntropyStat::kLoss] =
-               entropy_of_logits<false>(p, rows.classes, rows.temperature, columns).entropy + kl.kl;
+               (exps != nullptr ? entropy(GivenExps{exps}) : entropy(ComputedExps())) + kl.kl;
   };
 }
 
@@ -263,57 +267,83 @@ void distribution_double_backward(const CrossEntropyDoubleBackward& k, int64_t r
 
 // -- The target is a class label, over logits -------------------------------------------------------------------------
 
-// One chunk with the label's entry hidden: beside it, the sum of the others would be rounded away.
-template <class T>
-struct Hidden {
-  T entries[kChunk];
-  TD_INLINE const T* of(const T* x, int64_t first, int64_t n, int64_t label) {
-    if (label < first || label >= first + n) return x + first;
-    std::memcpy(static_cast<void*>(entries), x + first, static_cast<size_t>(n) * sizeof(T));
-    entries[label - first] = static_cast<T>(-std::numeric_limits<float>::infinity());
-    return entries;
+// Loads a chunk's vectors in their order, with -inf for the label's entry if that is among them: beside it, the sum of
+// the others would be rounded away.
+template <class A, bool kHides>
+class Others {
+ public:
+  TD_INLINE explicit Others(int64_t label) : behind_(Vec<A>::arange(static_cast<A>(-label), A(1))) {}
+  template <class T, class Count>
+  TD_INLINE Vec<A> next(const T* x, Count count) {
+    const Vec<A> v = load_lanes<A>(x, count, -kInf<A>);
+    if constexpr (!kHides) return v;
+    const auto is_label = less(behind_.abs(), Vec<A>(A(0.5)));
+    behind_ = behind_ + Vec<A>(static_cast<A>(kLanes<A>));
+    return select(is_label, Vec<A>(-kInf<A>), v);
   }
+
+ private:
+  Vec<A> behind_;  // the label, in classes: exact in a chunk
 };
 
-// exps, max_of_chunk: what the gradient will need, e^a with the maximum so far of each chunk, or null. exps may be x.
-template <class A, bool kSmooth, class T>
-LabelScan scan_label(const T* x, int64_t first, int64_t last, int64_t label, double inv_t_, A* exps,
-                     double* max_of_chunk) {
+// exps: where e^a is left for the gradient, or null. It may be x.
+template <class A, bool kSmooth, bool kHides, class T>
+TD_INLINE void scan_label_chunk(const T* x, int64_t n, int64_t label, double inv_t_, A* exps, LabelScan& scan) {
   const Vec<A> inv_t(static_cast<A>(inv_t_));
+  if constexpr (kHides) {
+    Others<A, true> others(label);
+    Vec<A> top(-kInf<A>);
+    for_lanes<A>(
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) { top = max_of(others.next(x + i, count), top); });
+    scan.raise(static_cast<double>(max_lane(top)), inv_t_);
+  } else {
+    scan.raise(max_of_row<A>(x, n), inv_t_);
+  }
+  const Vec<A> max(static_cast<A>(scan.centre()));
+  if constexpr (kSmooth) {
+    Vec<A> drop(A(0));
+    for_lanes<A>(
+        n, [&](int64_t i, auto count) __attribute__((always_inline)) {
+          drop = drop + (max - load_lanes<A>(x + i, count, static_cast<A>(scan.centre()))) * inv_t;
+        });
+    scan.count += static_cast<double>(n), scan.drop += sum_of(drop);
+  }
+  Others<A, kHides> others(label);
+  Vec<A> sum(A(0));
+  for (int64_t b = 0; b < n; b += kBlock) {
+    Vec<A> part(A(0));
+    for_lanes<A>(
+        std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+          const Vec<A> e = exp_of((others.next(x + b + i, count) - max) * inv_t);
+          part = part + e;
+          if (exps != nullptr) store_lanes<A>(exps + b + i, e, count);
+        });
+    sum = sum + part;
+  }
+  scan.sum += sum_of(sum);
+}
+
+// exps, max_of_chunk: what the gradient will need, e^a with the maximum so far of each chunk, or null.
+template <class A, bool kSmooth, class T>
+LabelScan scan_label(const T* x, int64_t first, int64_t last, int64_t label, double inv_t, A* exps,
+                     double* max_of_chunk) {
   LabelScan scan;
-  Hidden<T> hidden;
   for (int64_t c = first; c < last; c += kChunk) {
     const int64_t n = std::min(kChunk, last - c);
-    const T* const others = hidden.of(x, c, n, label);
-    scan.raise(max_of_row<A>(others, n), inv_t_);
-    const Vec<A> max(static_cast<A>(scan.centre()));
-    if constexpr (kSmooth) {
-      Vec<A> drop(A(0));
-      for_lanes<A>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            drop = drop + (max - load_lanes<A>(x + c + i, count, static_cast<A>(scan.centre()))) * inv_t;
-          });
-      scan.count += static_cast<double>(n), scan.drop += sum_of(drop);
+    A* const at = exps != nullptr ? exps + c : nullptr;
+    if (label >= c && label < c + n) {
+      scan_label_chunk<A, kSmooth, true>(x + c, n, label - c, inv_t, at, scan);
+    } else {
+      scan_label_chunk<A, kSmooth, false>(x + c, n, 0, inv_t, at, scan);
     }
-    Vec<A> sum(A(0));
-    for (int64_t b = 0; b < n; b += kBlock) {
-      Vec<A> part(A(0));
-      for_lanes<A>(
-          std::min(kBlock, n - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const Vec<A> e = exp_of((load_lanes<A>(others + b + i, count, -kInf<A>) - max) * inv_t);
-            part = part + e;
-            if (exps != nullptr) store_lanes<A>(exps + c + b + i, e, count);
-          });
-      sum = sum + part;
-    }
-    scan.sum += sum_of(sum);
     if (max_of_chunk != nullptr) max_of_chunk[c / kChunk] = scan.max;
   }
   return scan;
 }
 
 template <class A, bool kSmooth, class T>
-LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach columns, A* exps, double* max_of_chunk) {
+LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach columns, A* exps, double* max_of_chunk,
+                    LabelShares& shares) {
   const double inv_t = inverse_temperature<A>(rows.temperature);
   const double at_label = static_cast<double>(x[label]);  // before exps overwrites it
   auto scan = merged_segments<LabelScan>(
@@ -322,7 +352,13 @@ LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach co
         return scan_label<A, kSmooth>(x, first, last, label, inv_t, exps, max_of_chunk);
       },
       [&](LabelScan& total, const LabelScan& part) { total.merge(part, inv_t); });
-  return scan.finish(at_label, inv_t, rows.smoothing, rows.classes);
+  return scan.finish(at_label, inv_t, rows.smoothing, rows.classes, shares);
+}
+// A row of which nothing is kept for its gradient.
+template <class A, bool kSmooth, class T>
+TD_INLINE LabelStat label_row(const LabelRows& rows, const T* x, int64_t label, ForEach columns) {
+  LabelShares unused;
+  return label_row<A, kSmooth>(rows, x, label, columns, static_cast<A*>(nullptr), nullptr, unused);
 }
 
 template <class A, bool kSmooth, class T>
@@ -349,20 +385,130 @@ void label_gradient_row(const LabelRows& rows, const T* x, T* grad, int64_t labe
 template <class T>
 LabelStat label_value_and_grad_row(const LabelRows& rows, const T* x, T* grad, int64_t label, double coefficient,
                                    ForEach columns, double* max_of_chunk) {
-  const LabelStat stat = label_row<T, false>(rows, x, label, columns, grad, max_of_chunk);
+  LabelShares shares;
+  const LabelStat stat = label_row<T, false>(rows, x, label, columns, grad, max_of_chunk, shares);
   const double inv_t = inverse_temperature<T>(rows.temperature), c = coefficient * inv_t;
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for (int64_t b = first; b < last; b += kChunk) {
-      const Vec<T> factor(
-          static_cast<T>(c * std::exp(-stat.log_z) * kept_factor(max_of_chunk[b / kChunk], stat.base, inv_t)));
+      const double max = max_of_chunk[b / kChunk], unit = max == stat.base ? 1 : kept_factor(max, stat.base, inv_t);
+      const Vec<T> factor(static_cast<T>(c * shares.unit * unit));
       for_lanes<T>(
           std::min(kChunk, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
             store_lanes<T>(grad + b + i, load_lanes<T>(grad + b + i, count, T(0)) * factor, count);
           });
     }
   });
-  grad[label] = static_cast<T>(coefficient * label_gradient(rows, stat, inv_t));
+  grad[label] = static_cast<T>(-c * shares.others);
   return stat;
+}
+
+// -- The same, of few classes: a lane for each row --------------------------------------------------------------------
+
+// Up to this many classes most of a row's time would go into what is done once a row.
+constexpr int64_t kFewClasses = 16;
+
+TD_INLINE bool are_few(const LabelRows& rows, ForEach columns) {
+  return rows.classes <= kFewClasses && rows.smoothing == 0 && columns == nullptr;
+}
+
+// Neighbouring rows. Which lane a row has changes nothing of its results.
+template <class A, class T>
+class LabelTile {
+ public:
+  static constexpr int kRows = kLanes<A>;
+
+  explicit LabelTile(const LabelRows& rows) : rows_(rows), inv_t_(inverse_temperature<A>(rows.temperature)) {}
+
+  const LabelStat& stat(int lane) const { return stats_[lane]; }
+
+  // is_read(row): the others are left alone, their statistics are 0.
+  template <class IsRead>
+  void scan(int64_t first, int count, const IsRead& is_read) {
+    A label[kRows] = {}, own[kRows], top[kRows], sum[kRows];
+    bool read[kRows];
+    const auto classes = static_cast<int>(rows_.classes);
+    for (int r = 0; r < kRows; ++r) {
+      read[r] = r < count && is_read(first + r);
+      if (read[r]) label[r] = static_cast<A>(rows_.labels[first + r]);
+      const T* const x = static_cast<const T*>(rows_.x.data) + (read[r] ? rows_.x.layout.offset(first + r) : 0);
+      for (int j = 0; j < classes; ++j)
+        entries_[j * kRows + r] = read[r] ? static_cast<A>(x[j * rows_.x.layout.class_stride]) : A(0);
+    }
+    const Vec<A> labels = Vec<A>::loadu(label), lowest(-kInf<A>), zero(A(0)), inv_t(static_cast<A>(inv_t_));
+    const auto is_label = [&](int j) __attribute__((always_inline)) {
+      return less((labels - Vec<A>(static_cast<A>(j))).abs(), Vec<A>(A(0.5)));
+    };
+    Vec<A> at_label(zero), most(lowest), total(zero);
+    for (int j = 0; j < classes; ++j) {
+      const Vec<A> x = Vec<A>::loadu(entries_ + j * kRows);
+      at_label = select(is_label(j), x, at_label), most = max_of(select(is_label(j), lowest, x), most);
+    }
+    const Vec<A> centre = select(less(lowest, most), most, zero);
+    for (int j = 0; j < classes; ++j) {
+      const Vec<A> x = select(is_label(j), lowest, Vec<A>::loadu(entries_ + j * kRows));
+      const Vec<A> e = exp_of((x - centre) * inv_t);
+      total = total + e;
+      e.store(entries_ + j * kRows);
+    }
+    at_label.store(own), most.store(top), total.store(sum);
+    for (int r = 0; r < kRows; ++r) {
+      stats_[r] = {};
+      if (!read[r]) continue;
+      LabelScan scan{static_cast<double>(top[r]), static_cast<double>(sum[r])};
+      stats_[r] = scan.finish(static_cast<double>(own[r]), inv_t_, 0, rows_.classes, shares_[r]);
+    }
+  }
+
+  // Of a row that was read.
+  void gradient(int lane, int64_t label, double coefficient, A* grad, int64_t stride) const {
+    const double c = coefficient * inv_t_;
+    const auto factor = static_cast<A>(c * shares_[lane].unit);
+    for (int64_t j = 0; j < rows_.classes; ++j) grad[j * stride] = entries_[j * kRows + lane] * factor;
+    grad[label * stride] = static_cast<A>(-c * shares_[lane].others);
+  }
+
+ private:
+  const LabelRows& rows_;
+  double inv_t_;
+  A entries_[kFewClasses * kRows];  // of a class, those of all rows; then e^a
+  LabelStat stats_[kRows];
+  LabelShares shares_[kRows];
+};
+
+template <class A, class T>
+void few_classes_forward(const LabelForward& k, int64_t begin, int64_t end) {
+  LabelTile<A, T> tile(k.rows);
+  const auto weight = [&](int64_t i) { return k.weight ? k.weight[i] : 1; };
+  for (int64_t first = begin; first < end; first += tile.kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(tile.kRows, end - first));
+    tile.scan(first, count, [&](int64_t i) { return weight(i) != 0; });
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = first + r;
+      tile.stat(r).store(k.stat + LabelStat::kSize * i);
+      store_loss(k, i, weight(i) != 0 ? weight(i) * tile.stat(r).loss : 0);
+    }
+  }
+}
+
+template <class A>
+void few_classes_value_and_grad(const LabelValueAndGrad& k, int64_t begin, int64_t end) {
+  LabelTile<A, A> tile(k.rows);
+  const auto coefficient = [&](int64_t i) { return k.scale * (k.weight ? k.weight[i] : 1); };
+  const int64_t stride = k.grad.layout.class_stride;
+  for (int64_t first = begin; first < end; first += tile.kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(tile.kRows, end - first));
+    tile.scan(first, count, [&](int64_t i) { return coefficient(i) != 0; });
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = first + r;
+      auto* const grad = static_cast<A*>(k.grad.data) + k.grad.layout.offset(i);
+      tile.stat(r).store(k.stat + LabelStat::kSize * i);
+      if (coefficient(i) != 0) {
+        tile.gradient(r, k.rows.labels[i], coefficient(i), grad, stride);
+      } else {
+        for (int64_t j = 0; j < k.rows.classes; ++j) grad[j * stride] = 0;
+      }
+    }
+  }
 }
 
 // f.template operator()<A, kSmooth, T>() for the row's type.
@@ -557,8 +703,10 @@ void cross_entropy_labels_forward(const LabelForward& k, int64_t begin, int64_t 
   if (k.rows.space != kLogits)
     return each([&](const void* x, int64_t label) { return free_label_row(k.rows, x, label, columns); });
   dispatch_label_types(k.rows, [&]<class A, bool kSmooth, class T>() {
+    if constexpr (!kSmooth)
+      if (are_few(k.rows, columns)) return few_classes_forward<A, T>(k, begin, end);
     each([&](const void* x, int64_t label) {
-      return label_row<A, kSmooth>(k.rows, static_cast<const T*>(x), label, columns, static_cast<A*>(nullptr), nullptr);
+      return label_row<A, kSmooth>(k.rows, static_cast<const T*>(x), label, columns);
     });
   });
 }
@@ -609,13 +757,15 @@ void cross_entropy_labels_value_and_grad(const LabelValueAndGrad& k, int64_t beg
       return stat;
     });
   dispatch_label_types(k.rows, [&]<class A, bool kSmooth, class T>() {
+    if constexpr (std::is_same_v<A, T> && !kSmooth)
+      if (are_few(k.rows, columns)) return few_classes_value_and_grad<A>(k, begin, end);
     each([&](const void* x_, void* grad_, int64_t label, double coefficient) {
       const auto* x = static_cast<const T*>(x_);
       auto* grad = static_cast<T*>(grad_);
       if constexpr (std::is_same_v<A, T> && !kSmooth) {
         return label_value_and_grad_row(k.rows, x, grad, label, coefficient, columns, max_of_chunk.get());
       } else {
-        const LabelStat stat = label_row<A, kSmooth>(k.rows, x, label, columns, static_cast<A*>(nullptr), nullptr);
+        const LabelStat stat = label_row<A, kSmooth>(k.rows, x, label, columns);
         label_gradient_row<A, kSmooth>(k.rows, x, grad, label, stat, coefficient, columns);
         return stat;
       }

@@ -19,6 +19,7 @@ struct EntropyOps {
   static constexpr const char* op = name;
   static constexpr const char* kValueNode = "EntropyBackward";
   static constexpr const char* kGradientNode = "EntropyGradientBackward";
+  static constexpr const char* kValueAndGradientNode = "EntropyValueAndGradBackward";
   using Rows = SingleRow;
   static constexpr int kStatSize = EntropyStat::kSize, kLossStat = EntropyStat::kEntropy;
 
@@ -27,6 +28,7 @@ struct EntropyOps {
   }
   static auto forward_kernel() { return TD_CPU_KERNEL(entropy_forward); }
   static auto backward_kernel() { return TD_CPU_KERNEL(entropy_backward); }
+  static auto value_and_grad_kernel() { return TD_CPU_KERNEL(entropy_value_and_grad); }
   static auto double_backward_kernel() { return TD_CPU_KERNEL(entropy_double_backward); }
 #ifdef TD_CUDA
   static auto cuda_kernel(const EntropyForward&) { return &cuda::entropy_forward; }

@@ -55,6 +55,7 @@ struct EntropyScan : TopScan {
 
 using EntropyForward = SingleRowForward<SingleRow>;
 using EntropyBackward = SingleRowBackward<SingleRow>;
+using EntropyValueAndGrad = SingleRowValueAndGrad<SingleRow>;  // grad is not the storage of x
 using EntropyDoubleBackward = SingleRowDoubleBackward<SingleRow>;
 
 // On CUDA, by the rules of kl_div.h.
@@ -67,6 +68,7 @@ void entropy_double_backward(const EntropyDoubleBackward&, int64_t rows, double*
 
 TD_DECLARE_CPU_KERNEL(entropy_forward, (const EntropyForward&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(entropy_backward, (const EntropyBackward&, int64_t begin, int64_t end, ForEach columns))
+TD_DECLARE_CPU_KERNEL(entropy_value_and_grad, (const EntropyValueAndGrad&, int64_t begin, int64_t end, ForEach columns))
 TD_DECLARE_CPU_KERNEL(entropy_double_backward,
                       (const EntropyDoubleBackward&, int64_t begin, int64_t end, ForEach columns))
 

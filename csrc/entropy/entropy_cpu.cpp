@@ -11,9 +11,9 @@ namespace {
 // Which family serves these rows?
 TD_INLINE bool by_float(const SingleRow& rows) { return rows.space == kLogits && rows.x.dtype != DType::Double; }
 
-template <class T>
+template <class T, class Exps>
 void entropy_gradient(const SingleRow& rows, const T* x, T* grad, const EntropyStat& stat, double coefficient,
-                      ForEach columns) {
+                      ForEach columns, const Exps& exps) {
   const double inv_t = inverse_temperature<float>(rows.temperature);
   const Below n_of(stat.top, inv_t);
   const Split<float> mean(stat.mean);
@@ -21,8 +21,10 @@ void entropy_gradient(const SingleRow& rows, const T* x, T* grad, const EntropyS
   for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
     for_lanes<float>(
         last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-          const auto term = n_of(load_lanes<float>(x + first + j, count, -kInf<float>));
-          store_lanes<float>(grad + first + j, term.e * factor * (((term.n - mean.hi) - mean.lo) + term.rest), count);
+          const int64_t i = first + j;
+          const auto term = n_of(load_lanes<float>(x + i, count, -kInf<float>));
+          const F e = exps.again(i, count, term);
+          store_lanes<float>(grad + i, e * factor * (((term.n - mean.hi) - mean.lo) + term.rest), count);
         });
   });
 }
@@ -59,6 +61,20 @@ TD_INLINE D gradient(const Scores& side, const EntropyStat& stat, D given, D p, 
     g = side.space == kLogProbs ? p * (neg_log - one) : neg_log - one;
   }
   return select(p == zero, zero, g);
+}
+
+void any_gradient(const SingleRow& rows, const void* x, const RowsOut& out, void* grad, const EntropyStat& stat,
+                  double coefficient, ForEach columns) {
+  const Scores side = scores(rows, stat);
+  const D c(coefficient);
+  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
+    for_lanes<double>(
+        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+          D given, p, n;
+          side.read(x, first + j, count, given, p, n);
+          store_any(grad, out.dtype, first + j, c * gradient(side, stat, given, p, n), count);
+        });
+  });
 }
 
 // -- Double backward -------------------------------------------------------------------------------------------------
@@ -127,7 +143,8 @@ void entropy_forward(const EntropyForward& k, int64_t begin, int64_t end, ForEac
   if (!by_float(k.rows)) return each([&](const void* x) { return entropy_row(k.rows, x, columns); });
   dispatch_float_types(k.rows.x.dtype, [&]<class T>() {
     each([&](const void* x) {
-      return entropy_of_logits<true>(static_cast<const T*>(x), k.rows.classes, k.rows.temperature, columns);
+      return entropy_of_logits<true>(static_cast<const T*>(x), k.rows.classes, k.rows.temperature, columns,
+                                     ComputedExps());
     });
   });
 }
@@ -144,20 +161,34 @@ void entropy_backward(const EntropyBackward& k, int64_t begin, int64_t end, ForE
   if (by_float(k.rows))
     return dispatch_float_types(k.rows.x.dtype, [&]<class T>() {
       each([&](const void* x, void* grad, const EntropyStat& stat, double coefficient) {
-        entropy_gradient(k.rows, static_cast<const T*>(x), static_cast<T*>(grad), stat, coefficient, columns);
+        entropy_gradient(k.rows, static_cast<const T*>(x), static_cast<T*>(grad), stat, coefficient, columns,
+                         ComputedExps());
       });
     });
   each([&](const void* x, void* grad, const EntropyStat& stat, double coefficient) {
-    const Scores side = scores(k.rows, stat);
-    const D c(coefficient);
-    for_segments(k.rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
-      for_lanes<double>(
-          last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-            D given, p, n;
-            side.read(x, first + j, count, given, p, n);
-            store_any(grad, k.grad.dtype, first + j, c * gradient(side, stat, given, p, n), count);
-          });
-    });
+    any_gradient(k.rows, x, k.grad, grad, stat, coefficient, columns);
+  });
+}
+
+void entropy_value_and_grad(const EntropyValueAndGrad& k, int64_t begin, int64_t end, ForEach columns) {
+  const RowsIn in[] = {k.rows.x};
+  const RowsOut out[] = {k.grad};
+  RowTiles<1, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const* y) {
+    const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
+    EntropyStat stat{};
+    if (coefficient == 0) {
+      fill_zero_any(y[0], k.grad.dtype, k.rows.classes);
+    } else if (by_float(k.rows)) {  // of float: half types are not stored
+      const auto* row = static_cast<const float*>(x[0]);
+      auto* const grad = static_cast<float*>(y[0]);
+      const KeptExps exps{grad};
+      stat = entropy_of_logits<true>(row, k.rows.classes, k.rows.temperature, columns, exps);
+      entropy_gradient(k.rows, row, grad, stat, coefficient, columns, exps);
+    } else {
+      stat = entropy_row(k.rows, x[0], columns);
+      any_gradient(k.rows, x[0], k.grad, y[0], stat, coefficient, columns);
+    }
+    stat.store(k.stat + EntropyStat::kSize * i);
   });
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 // What a row of logits leaves.
 TD_INLINE auto leave_in(double* stats) {
-  return [stats](int64_t row, const void*, const KlDivStat& stat) {
+  return [stats](int64_t row, const void*, const void*, const KlDivStat& stat) {
     stat.store(stats + KlDivStat::kSize * row);
     return stat.kl;
   };

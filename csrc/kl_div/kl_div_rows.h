@@ -29,6 +29,11 @@ struct Kept {
   A* exp_q = nullptr;  // null: not kept
   double* max_p = nullptr;
   double* max_q = nullptr;
+
+  // e^((t - max)/T) of a whole row, where it is kept in this unit.
+  const A* from_max(int64_t classes, const KlDivStat& stat) const {
+    return classes <= kChunk && max_p[0] != stat.lse_p ? exp_p : nullptr;
+  }
 };
 
 // Sums of one chunk against the scan's maxima. kMasked: any value may be there, -inf and NaN included. Not kMasked: the
@@ -130,7 +135,8 @@ KlDivCentred centred_columns(const TP* p, const TQ* q, int64_t first, int64_t la
           store_growth<A, kWant>(growth + c + i, terms, count);
         });
     sums.shift += sum_of(shift), sums.phi += sum_of(phi);
-    if (c + n == last || (c + n) % kChunk == 0) kept.max_p[c / kChunk] = stat.lse_p;  // the unit is 1 from here on
+    if constexpr (kWant != 0)  // the unit is 1 from here on
+      if (c + n == last || (c + n) % kChunk == 0) kept.max_p[c / kChunk] = stat.lse_p;
   }
   return sums;
 }
@@ -140,13 +146,17 @@ template <class A, class TP, class TQ>
 TD_INLINE bool guess_centre(const TP* p, const TQ* q, int64_t classes, double inv_t, double& centre) {
   const int64_t n = std::min<int64_t>(classes, 256) / kLanes<A> * kLanes<A>;
   Vec<A> sum(A(0)), lo(kInf<A>), hi(-kInf<A>);
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> d = load<A>(p + i) - load<A>(q + i);
-    sum = sum + d, lo = min_of(d, lo), hi = max_of(d, hi);
-  }
+  const auto look = [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t i = first; i < last; i += kLanes<A>) {
+      const Vec<A> d = load<A>(p + i) - load<A>(q + i);
+      sum = sum + d, lo = min_of(d, lo), hi = max_of(d, hi);
+    }
+    return (static_cast<double>(max_lane(hi)) - static_cast<double>(min_lane(lo))) * inv_t < 1.5;
+  };
+  const int64_t few = std::min<int64_t>(n, 32);  // tells of most rows that they are not
+  if (n == 0 || !look(0, few) || (few < n && !look(few, n))) return false;
   centre = static_cast<double>(static_cast<A>(sum_of(sum) / static_cast<double>(n)));
-  return n > 0 && std::isfinite(centre) &&
-         (static_cast<double>(max_lane(hi)) - static_cast<double>(min_lane(lo))) * inv_t < 1.5;
+  return std::isfinite(centre);
 }
 
 template <class A, int kWant, class TP, class TQ>
@@ -361,16 +371,26 @@ void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>
       const int64_t n = std::min(kChunk, last - b), chunk = b / kChunk;
       Vec<A> others(A(0));
       // g(offset, count, p) -> the entry.
-      const Vec<A> to_p(static_cast<A>(kept_factor(kept.max_p[chunk], stat.lse_p, inv_t)));
-      const auto fill = [&](const auto& g) __attribute__((always_inline)) {
+      const double unit = kept_factor(kept.max_p[chunk], stat.lse_p, inv_t);
+      const Vec<A> to_p(static_cast<A>(unit));
+      const auto fill_with = [&](auto may_peak, const auto& g) __attribute__((always_inline)) {
         for_lanes<A>(
             n, [&](int64_t i, auto count) __attribute__((always_inline)) {
               const Vec<A> x = load_lanes<A>(kept.exp_p + b + i, count, A(0)) * to_p;
-              const Vec<A> y = g(i, count, x), top = x > half;
-              if (any(top)) part.at = b + i + first_lane(top);
-              others = others + select(top, zero, y);
+              const Vec<A> y = g(i, count, x);
+              if constexpr (may_peak) {
+                const Vec<A> top = x > half;
+                if (any(top)) part.at = b + i + first_lane(top);
+                others = others + select(top, zero, y);
+              } else {
+                others = others + y;
+              }
               store_lanes<A>(grad + b + i, y, count);
             });
+      };
+      // No exponential is above 1, except where they have become probabilities.
+      const auto fill = [&](const auto& g) __attribute__((always_inline)) {
+        unit > 0.49 ? fill_with(std::true_type(), g) : fill_with(std::false_type(), g);
       };
       if (near) {
         fill([&](int64_t i, auto count, Vec<A> x) __attribute__((always_inline)) {
@@ -399,8 +419,8 @@ void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>
 
 // -- All rows, for KL divergence and what is made of it: Rows is RowPair or derived from it
 
-// leave(row, p, stat) stores what a row leaves for its backward and returns its loss; p is null where the row is not
-// read.
+// leave(row, p, exps, stat) stores what a row leaves for its backward and returns its loss; p is null where the row is
+// not read. exps: e^((t - max t)/T) if at hand, or null.
 template <class A, class TP, class TQ, class Rows, class Leave>
 void forward_logits(const RowPairForward<Rows>& k, int64_t begin, int64_t end, ForEach columns, const Leave& leave) {
   const Scratch<A> scratch(k.rows.classes, false);
@@ -409,14 +429,17 @@ void forward_logits(const RowPairForward<Rows>& k, int64_t begin, int64_t end, F
   RowTiles<2, 1>(in, out, k.rows.classes).run(begin, end, [&](int64_t i, const void* const* x, void* const*) {
     const double weight = k.weight ? k.weight[i] : 1;
     const TP* p = nullptr;
+    const A* exps = nullptr;
     KlDivStat stat{};
     if (weight != 0) {
       p = static_cast<const TP*>(x[0]);
       KlDivCentred centred;
-      stat = logits_row<A, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns,
-                              scratch.kept(nullptr), static_cast<A*>(nullptr), centred);
+      const auto kept = scratch.kept(nullptr);
+      stat = logits_row<A, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, kept,
+                              static_cast<A*>(nullptr), centred);
+      exps = kept.from_max(k.rows.classes, stat);
     }
-    const double loss = leave(i, p, stat);
+    const double loss = leave(i, p, exps, stat);
     store_loss(k, i, weight != 0 ? weight * loss : 0);
   });
 }
@@ -453,16 +476,19 @@ void value_and_grad_logits(const RowPairValueAndGrad<Rows>& k, int64_t begin, in
     auto* const grad = static_cast<G*>(y[0]);
     const double coefficient = k.scale * (k.weight ? k.weight[i] : 1);
     const TP* p = nullptr;
+    const A* exps = nullptr;
     KlDivStat stat{};
     if (coefficient == 0) {
       fill_zero(grad, n);
     } else {
       p = static_cast<const TP*>(x[0]);
       A* const aside = apart ? scratch.exps.get() + n : static_cast<A*>(y[0]);
+      const auto kept = scratch.kept(kQ ? aside : nullptr);
       value_and_grad_row<A, kQ>(p, static_cast<const TQ*>(x[1]), grad, aside, n, k.rows.temperature, coefficient,
-                                columns, scratch.kept(kQ ? aside : nullptr), stat);
+                                columns, kept, stat);
+      exps = kept.from_max(n, stat);
     }
-    leave(i, p, stat);
+    leave(i, p, exps, stat);
   });
 }
 

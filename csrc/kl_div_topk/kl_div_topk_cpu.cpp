@@ -97,13 +97,21 @@ class Marks {
     marks_ = std::make_unique_for_overwrite<int8_t[]>(room);
     std::memset(marks_.get(), 0, room);
   }
-  // False: it is there already.
-  bool add(int64_t index) {
-    const bool there = marks_[static_cast<size_t>(index)] != 0;
-    marks_[static_cast<size_t>(index)] = -1;
-    return !there;
+  // Adds the classes of n entries. False: one of them is there already.
+  bool add(const Entry* entries, int64_t n) {
+    int8_t* const marks = marks_.get();  // a byte may alias anything: nothing of *this is read in the loops
+    int8_t there = 0;
+    for (int64_t e = 0; e < n; ++e) {
+      int8_t& mark = marks[entries[e].index];
+      there |= mark;
+      mark = -1;
+    }
+    return there == 0;
   }
-  void remove(int64_t index) { marks_[static_cast<size_t>(index)] = 0; }
+  void remove(const Entry* entries, int64_t n) {
+    int8_t* const marks = marks_.get();
+    for (int64_t e = 0; e < n; ++e) marks[entries[e].index] = 0;
+  }
   // x, but `nothing` for those of the kLanes<A> classes from `first` on that are there.
   template <class A>
   TD_INLINE Vec<A> hide(Vec<A> x, int64_t first, Vec<A> nothing) const {
@@ -144,17 +152,19 @@ class Row {
   bool read(int64_t row, bool mark) {
     const int64_t* const index = rows_.indices + row * rows_.k;
     const double* const given = rows_.log_probs + row * rows_.k;
-    if (marked_)
-      for (int64_t e = 0; e < size_; ++e) marks_.remove((*this)[e].index);
-    marked_ = mark;
-    size_ = 0;
+    Entry* const entries = entries_.get();
+    double* const kept = log_p;
+    if (marked_) marks_.remove(entries, size_);
+    marked_ = false;
+    int64_t size = 0;
     for (int64_t j = 0; j < rows_.k; ++j) {
       if (given[j] == -kInf<double>) continue;
       if (index[j] < 0 || index[j] >= rows_.classes) return false;
-      if (mark && !marks_.add(index[j])) return false;
-      log_p[size_] = given[j];
-      entries_[static_cast<size_t>(size_++)] = {index[j], j};
+      kept[size] = given[j];
+      entries[size++] = {index[j], j};
     }
+    size_ = size, marked_ = mark;
+    if (mark && !marks_.add(entries, size)) return false;
     return set_p(row);
   }
 

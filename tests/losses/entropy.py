@@ -74,6 +74,7 @@ def entropy_operators(case: Case, dtype: torch.dtype = torch.float64) -> Iterato
         grad = torch.randn(3, dtype=compute_dtype(x), requires_grad=bool(sides))
         yield Operator("_entropy", (x, None if sides else weight, *static))
         yield Operator("_entropy_backward", (grad, x, stat, *static))
+        yield Operator("_entropy_value_and_grad", (x, None if sides else weight, *static, 0.25, 2.0))
         for mask in ([False, False], [False, True], [True, False], [True, True]):
             yield Operator("_entropy_double_backward", (v, grad, x, stat, *static, mask))
 
@@ -99,6 +100,5 @@ ENTROPY = Loss(
     choices={"space": SPACES},
     transforms=({"temperature": 2.0}, {"space": "log_probs"}, {"space": "probs"}),
     differentiable=(0,),
-    value_and_grad=False,
     inplace_grad=False,
 )
