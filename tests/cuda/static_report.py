@@ -119,7 +119,7 @@ LOSSES = tuple(sorted(path.stem.removesuffix("_cuda") for path in (nvcc.ROOT / "
 # Not row by row in pieces of 16 bytes: points of clouds, sorted lines.
 WITHOUT_PIECES = ("sinkhorn", "wasserstein_1d")
 # Kernels that compute in double whatever the type: see their files.
-IN_DOUBLE = re.compile(r"double>|_any<|_free<|double_backward|labels<AnyFloat, true>|kl_div_topk: forward")
+IN_DOUBLE = re.compile(r"\bdouble\b|_any<|_free<|double_backward|labels<AnyFloat, true>|kl_div_topk: forward")
 
 # PTX that costs no issue slot: ptxas renames registers and folds addresses.
 FREE = ("mov", "cvta", "ld.param")
