@@ -152,6 +152,21 @@ __device__ __forceinline__ void with_type(DType type, const F& f) {
   }
 }
 
+// f.template operator()<T>() for the type of a row.
+template <class F>
+void dispatch_type(DType type, const F& f) {
+  if (type == DType::Double) return f.template operator()<double>();
+  if (type == DType::Half) return f.template operator()<c10::Half>();
+  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16>();
+  return f.template operator()<float>();
+}
+// For a kernel in double: double, or a type that is known when it runs.
+template <class F>
+void dispatch_any(DType type, const F& f) {
+  if (type == DType::Double) return f.template operator()<double>();
+  f.template operator()<AnyFloat>();
+}
+
 // One row of an operand. Byte is char or const char.
 template <class Byte>
 struct RowPointer {
@@ -397,6 +412,21 @@ __device__ void store_loss(const Forward& k, int64_t row, double loss) {
   } else {
     static_cast<float*>(k.loss)[row] = static_cast<float>(loss);
   }
+}
+
+// A row of a forward call: statistics(task, stat) finds what it leaves, the loss among it, unless its weight is 0.
+// False: that is left to the next launch.
+template <class Forward, class Stat, class F>
+__device__ __forceinline__ void forward_row(const Forward& k, const RowGrid& grid, double* workspace, int launch,
+                                            double Stat::*loss, const F& statistics) {
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  const double weight = weight_of(k.weight, task.row);
+  Stat stat{};
+  if (weight != 0 && !statistics(task, stat)) return;
+  if (!task.writes()) return;
+  stat.store(k.stat + Stat::kSize * task.row);
+  store_loss(k, task.row, weight != 0 ? weight * (stat.*loss) : 0);
 }
 
 template <class T>

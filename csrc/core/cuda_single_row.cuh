@@ -9,13 +9,26 @@
 
 namespace torch_divergence::cuda {
 
-// f.template operator()<T>() for the type of a row.
-template <class F>
-void dispatch_type(DType type, const F& f) {
-  if (type == DType::Double) return f.template operator()<double>();
-  if (type == DType::Half) return f.template operator()<c10::Half>();
-  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16>();
-  return f.template operator()<float>();
+// A row of a backward call.
+struct BackwardRow {
+  RowPointer<const char> x;
+  RowPointer<char> grad;
+  Pieces pieces;
+  double coefficient;
+
+  template <class Backward>
+  __device__ BackwardRow(const Backward& k, int64_t row)
+      : x(k.rows.x, row), grad(k.grad, row), pieces(k.rows.classes, x, grad), coefficient(k.coefficient[row]) {}
+};
+// gradient(task, row) for a row whose coefficient is not 0; zeros for another.
+template <class T, class Backward, class F>
+__device__ __forceinline__ void backward_row(const Backward& k, const RowGrid& grid, double* workspace, int launch,
+                                             const F& gradient) {
+  const RowTask task(grid, workspace, launch);
+  if (!task.valid()) return;
+  const BackwardRow row(k, task.row);
+  if (row.coefficient != 0) return gradient(task, row);
+  if (task.first_launch()) store_zeros<T>(task, row.grad, row.pieces);
 }
 
 // One side's probability and minus its logarithm, whatever it is given in: from logits (top - x)/T + log_z. Padding has

@@ -18,42 +18,41 @@ namespace {
 
 // -- Both sides in logits, in float: H(P, Q) = H(P) + KL(P || Q) ----------------------------------------------------
 
-// What a row of either family leaves. That of logits has the divergence's statistics in the first places.
-static_assert(KlDivStat::kSize <= CrossEntropyStat::kLoss);
-__device__ void store_row(const CrossEntropyForward& k, int64_t row, double weight, const CrossEntropyStat& stat) {
-  stat.store(k.stat + CrossEntropyStat::kSize * row);
-  store_loss(k, row, weight != 0 ? weight * stat.loss : 0);
-}
+// What such a row leaves: the divergence's statistics in the first places, and its loss.
+struct LogitsStat {
+  static constexpr int kSize = CrossEntropyStat::kSize;
+  KlDivStat kl;
+  double loss;
+
+  __device__ void store(double* x) const {
+    static_assert(KlDivStat::kSize <= CrossEntropyStat::kLoss);
+    CrossEntropyStat stat{};
+    stat.loss = loss;
+    stat.store(x);
+    kl.store(x);
+  }
+};
 
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     forward_logits(const CrossEntropyForward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = LogitRows<TP, TQ>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  CrossEntropyStat stat{};
-  KlDivStat kl{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &LogitsStat::loss, [&](const RowTask& task, LogitsStat& stat) {
     Rows rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv_t = inverse_temperature<typename Rows::A>(k.rows.temperature);
     EntropyStat entropy{};
-    if (!entropy_of_logits<TP>(task, 0, rows.p, pieces, inv_t, entropy)) return;
-    if (!kl_of_logits(task, 1, rows, pieces, inv_t, kl)) return;
-    stat.loss = entropy.entropy + kl.kl;
-  }
-  if (!task.writes()) return;
-  store_row(k, task.row, weight, stat);
-  kl.store(k.stat + CrossEntropyStat::kSize * task.row);
+    if (!entropy_of_logits<TP>(task, 0, rows.p, pieces, inv_t, entropy)) return false;
+    if (!kl_of_logits(task, 1, rows, pieces, inv_t, stat.kl)) return false;
+    stat.loss = entropy.entropy + stat.kl.kl;
+    return true;
+  });
 }
 
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     backward_logits(const CrossEntropyBackward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  kl_gradients<TP, TQ>(task, k, k.stat + CrossEntropyStat::kSize * task.row);
+  kl_gradients<TP, TQ, CrossEntropyStat::kSize>(k, grid, workspace, launch);
 }
 
 // -- The target is a distribution, any space ------------------------------------------------------------------------
@@ -248,17 +247,13 @@ __device__ bool statistics(const RowTask& task, int number, const Pieces& pieces
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_any(const CrossEntropyForward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  CrossEntropyStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &CrossEntropyStat::loss, [&](const RowTask& task, CrossEntropyStat& stat) {
     Distributions<T> row(k.rows, task.row);
     const Pieces pieces(k.rows.classes, row.p, row.q);
-    if (!statistics(task, 0, pieces, row)) return;
+    if (!statistics(task, 0, pieces, row)) return false;
     stat = row.stat;
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 // The statistics in double that a row left, or, if it left the float family's, found again.
@@ -273,28 +268,19 @@ __device__ bool double_statistics(const RowTask& task, int number, const Pieces&
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_any(const CrossEntropyBackward k, const RowGrid grid, double* workspace, int launch) {
-  constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  Distributions<T> row(k.rows, task.row);
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, row.p, row.q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    if (!task.first_launch()) return;
-    store_zeros<T>(task, grad_p, pieces);
-    store_zeros<T>(task, grad_q, pieces);
-    return;
-  }
-  if (!double_statistics(task, 0, pieces, k.stat, row)) return;
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double g_p[K], g_q[K];
-    row.for_classes(pieces, piece, [&](const auto& e, int i) {
-      g_p[i] = coefficient * row.gradient_p(e);
-      g_q[i] = coefficient * row.gradient_q(e);
+  using Row = Distributions<T>;
+  constexpr int K = Row::K;
+  backward_pair<T, T, Row>(k, grid, workspace, launch, [&](const RowTask& task, BackwardPair<Row>& pair) {
+    Row& row = pair.rows;
+    if (!double_statistics(task, 0, pair.pieces, k.stat, row)) return;
+    task.for_pieces<T>(pair.pieces, [&](const Piece<T>& piece) {
+      double g_p[K], g_q[K];
+      row.for_classes(pair.pieces, piece, [&](const auto& e, int i) {
+        g_p[i] = pair.coefficient * row.gradient_p(e);
+        g_q[i] = pair.coefficient * row.gradient_q(e);
+      });
+      pair.store(piece, g_p, g_q);
     });
-    if (grad_p.data != nullptr) store_piece(grad_p, pieces, piece, g_p);
-    if (grad_q.data != nullptr) store_piece(grad_q, pieces, piece, g_q);
   });
 }
 
@@ -308,18 +294,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  Distributions<T> row(k.rows, task.row);
-  RowPointer<const char> row_v_p(k.v_p, task.row), row_v_q(k.v_q, task.row);
-  RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
-  const Pieces pieces(k.rows.classes, row.p, row.q, row_v_p, row_v_q, d_p, d_q);
+  DoubleBackwardPair<T, Distributions<T>> pair(k, task.row);
+  Distributions<T>& row = pair.rows;
+  const Pieces& pieces = pair.pieces;
   if (!double_statistics(task, 0, pieces, k.stat, row)) return;
-  const double coefficient = k.coefficient[task.row], inv_t = row.inv_t;
+  const double inv_t = row.inv_t;
   const int p_space = k.rows.p_space, q_space = k.rows.q_space;
   // f(entry, v_p, v_q, k) for the classes of a piece.
   const auto for_classes = [&](const Piece<T>& piece, const auto& f) {
-    double v_p[K] = {}, v_q[K] = {};
-    if (row_v_p.data != nullptr) load_piece(row_v_p, pieces, piece, 0.0, v_p);
-    if (row_v_q.data != nullptr) load_piece(row_v_q, pieces, piece, 0.0, v_q);
+    double v_p[K], v_q[K];
+    pair.load_directions(piece, v_p, v_q);
     row.for_classes(pieces, piece, [&](const auto& e, int i) { f(e, v_p[i], v_q[i], i); });
   };
   Sums<3> means;
@@ -335,13 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return sums;
   };
   if (!task.reduce(2, means, part_means, [&](const auto& x) { return merged(task.team, x); })) return;
-  if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = means.x[2];
-  if (coefficient == 0) {
-    store_zeros<T>(task, d_p, pieces);
-    store_zeros<T>(task, d_q, pieces);
-    return;
-  }
-  if (d_p.data == nullptr && d_q.data == nullptr) return;
+  if (!pair.more_than(k, task, means.x[2])) return;
   const double mean_p = means.x[0], mean_q = means.x[1];
   const auto dots = [&](const auto& e, double v_p, double v_q, double& p_dot, double& log_q_dot) {
     p_dot = p_space == kProbs ? v_p : e.p * (p_space == kLogits ? (v_p - mean_p) * inv_t : v_p);
@@ -364,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     if (!task.reduce(3, n_dots, part_dots, [&](const auto& x) { return merged(task.team, x); })) return;
   }
-  const double c = coefficient, n_dot = n_dots.x[0], mass = row.stat.mixed_mass(k.rows),
+  const double c = pair.coefficient, n_dot = n_dots.x[0], mass = row.stat.mixed_mass(k.rows),
                mass_dot = p_space == kLogits ? 0 : row.keep * mean_p;
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
     double h_p[K], h_q[K];
@@ -392,8 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       h_q[i] = c * h;
     });
-    if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
-    if (d_q.data != nullptr) store_piece(d_q, pieces, piece, h_q);
+    pair.store(piece, h_p, h_q);
   });
 }
 
@@ -475,26 +452,17 @@ __device__ RowLabel merged_label(const Team& team, RowLabel part, double inv_t) 
   }
 }
 
-__device__ void store_row(const LabelForward& k, int64_t row, double weight, const LabelStat& stat) {
-  stat.store(k.stat + LabelStat::kSize * row);
-  store_loss(k, row, weight != 0 ? weight * stat.loss : 0);
-}
-
 template <class T, bool kSmooth>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_labels(const LabelForward k, const RowGrid grid, double* workspace, int launch) {
   using A = LabelArithmetic<T, kSmooth>;
   constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  RowPointer<const char> row(k.rows.x, task.row);
-  const double inv_t = inverse_temperature<A>(k.rows.temperature);
-  int64_t label = 0;
-  RowLabel whole;
-  if (weight != 0) {
-    label = label_of(k.rows, task.row);
+  forward_row(k, grid, workspace, launch, &LabelStat::loss, [&](const RowTask& task, LabelStat& stat) {
+    const double inv_t = inverse_temperature<A>(k.rows.temperature);
+    const int64_t label = label_of(k.rows, task.row);
+    RowPointer<const char> row(k.rows.x, task.row);
     const Pieces pieces(k.rows.classes, row);
+    RowLabel whole;
     const auto part = [&] {
       ThreadLabel<A> thread(inv_t);
       RowLabel dropped;
@@ -524,12 +492,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       return sums;
     };
     if (!task.reduce(0, whole, part, [&](const RowLabel& x) { return merged_label<kSmooth>(task.team, x, inv_t); }))
-      return;
-  }
-  if (!task.writes()) return;
-  LabelStat stat{};
-  if (weight != 0) stat = whole.finish(load_entry<T>(row, label), inv_t, k.rows.smoothing, k.rows.classes);
-  store_row(k, task.row, weight, stat);
+      return false;
+    stat = whole.finish(load_entry<T>(row, label), inv_t, k.rows.smoothing, k.rows.classes);
+    return true;
+  });
 }
 
 template <class T, bool kSmooth>
@@ -537,31 +503,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_labels(const LabelBackward k, const RowGrid grid, double* workspace, int launch) {
   using A = LabelArithmetic<T, kSmooth>;
   constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  RowPointer<const char> row(k.rows.x, task.row);
-  RowPointer<char> grad(k.grad, task.row);
-  const Pieces pieces(k.rows.classes, row, grad);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) return store_zeros<T>(task, grad, pieces);
-  const int64_t label = label_of(k.rows, task.row);
-  const auto stat = LabelStat::load(k.stat + LabelStat::kSize * task.row);
-  const double inv_t = inverse_temperature<A>(k.rows.temperature), c = coefficient * inv_t;
-  const A own = static_cast<A>(coefficient * label_gradient(k.rows, stat, inv_t)),
-          base = static_cast<A>(stat.base == -kInf<double> ? 0 : stat.base),
-          factor = static_cast<A>(c * std::exp(-stat.log_z)),
-          uniform = static_cast<A>(c * k.rows.smoothing / static_cast<double>(k.rows.classes));
-  const Exp<A> exp(inv_t);
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    A x[K];
-    load_piece(row, pieces, piece, -kInf<A>, x);
+  backward_row<T>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardRow& row) {
+    const int64_t label = label_of(k.rows, task.row);
+    const auto stat = LabelStat::load(k.stat + LabelStat::kSize * task.row);
+    const double inv_t = inverse_temperature<A>(k.rows.temperature), c = row.coefficient * inv_t;
+    const A own = static_cast<A>(row.coefficient * label_gradient(k.rows, stat, inv_t)),
+            base = static_cast<A>(stat.base == -kInf<double> ? 0 : stat.base),
+            factor = static_cast<A>(c * std::exp(-stat.log_z)),
+            uniform = static_cast<A>(c * k.rows.smoothing / static_cast<double>(k.rows.classes));
+    const Exp<A> exp(inv_t);
+    task.for_pieces<T>(row.pieces, [&](const Piece<T>& piece) {
+      A x[K];
+      load_piece(row.x, row.pieces, piece, -kInf<A>, x);
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-      x[i] = exp(x[i] - base) * factor;
-      if constexpr (kSmooth) x[i] -= uniform;
-    }
-    at_label<T>(piece, label, [&](int at) { x[at] = own; });
-    store_piece(grad, pieces, piece, x);
+      for (int i = 0; i < K; ++i) {
+        x[i] = exp(x[i] - base) * factor;
+        if constexpr (kSmooth) x[i] -= uniform;
+      }
+      at_label<T>(piece, label, [&](int at) { x[at] = own; });
+      store_piece(row.grad, row.pieces, piece, x);
+    });
   });
 }
 
@@ -586,11 +547,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_labels_free(const LabelForward k, const RowGrid grid, double* workspace, int launch) {
   constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  LabelStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &LabelStat::loss, [&](const RowTask& task, LabelStat& stat) {
     const int64_t label = label_of(k.rows, task.row);
     RowPointer<const char> row(k.rows.x, task.row);
     const Pieces pieces(k.rows.classes, row);
@@ -613,33 +570,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       });
       return Sums<1>{{sum.value()}};
     };
-    if (!task.reduce(0, all, part, [&](const auto& x) { return merged(task.team, x); })) return;
+    if (!task.reduce(0, all, part, [&](const auto& x) { return merged(task.team, x); })) return false;
     stat = free_label_stat(k.rows, load_entry<T>(row, label), all.x[0]);
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_labels_free(const LabelBackward k, const RowGrid grid, double* workspace, int launch) {
   constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  RowPointer<const char> row(k.rows.x, task.row);
-  RowPointer<char> grad(k.grad, task.row);
-  const Pieces pieces(k.rows.classes, row, grad);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) return store_zeros<T>(task, grad, pieces);
-  const int64_t label = label_of(k.rows, task.row);
-  const FreeLabel target(k.rows);
-  const double own = coefficient * target.gradient(load_entry<T>(row, label), target.of_label());
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double x[K] = {};
-    if (target.uniform != 0) load_piece(row, pieces, piece, 1.0, x);
+  backward_row<T>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardRow& row) {
+    const int64_t label = label_of(k.rows, task.row);
+    const FreeLabel target(k.rows);
+    const double own = row.coefficient * target.gradient(load_entry<T>(row.x, label), target.of_label());
+    task.for_pieces<T>(row.pieces, [&](const Piece<T>& piece) {
+      double x[K] = {};
+      if (target.uniform != 0) load_piece(row.x, row.pieces, piece, 1.0, x);
 #pragma unroll
-    for (int i = 0; i < K; ++i) x[i] = coefficient * target.gradient(x[i], target.uniform);
-    at_label<T>(piece, label, [&](int at) { x[at] = own; });
-    store_piece(grad, pieces, piece, x);
+      for (int i = 0; i < K; ++i) x[i] = row.coefficient * target.gradient(x[i], target.uniform);
+      at_label<T>(piece, label, [&](int at) { x[at] = own; });
+      store_piece(row.grad, row.pieces, piece, x);
+    });
   });
 }
 
@@ -729,14 +681,7 @@ constexpr int kForward = 3, kBackward = 2, kDoubleBackward = 4;  // reductions
 template <class F>
 void dispatch_label(const LabelRows& rows, const F& f) {
   if (rows.smoothing == 0) return dispatch_type(rows.x.dtype, [&]<class T>() { f.template operator()<T, false>(); });
-  if (rows.x.dtype == DType::Double) return f.template operator()<double, true>();
-  f.template operator()<AnyFloat, true>();
-}
-// f.template operator()<T>(), for kernels in double
-template <class F>
-void dispatch_any(DType type, const F& f) {
-  if (type == DType::Double) return f.template operator()<double>();
-  f.template operator()<AnyFloat>();
+  dispatch_any(rows.x.dtype, [&]<class T>() { f.template operator()<T, true>(); });
 }
 
 }  // namespace

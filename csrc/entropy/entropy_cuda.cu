@@ -12,55 +12,40 @@ namespace {
 
 constexpr int kReductions = 2;
 
-__device__ void store_row(const EntropyForward& k, int64_t row, double weight, const EntropyStat& stat) {
-  stat.store(k.stat + EntropyStat::kSize * row);
-  store_loss(k, row, weight != 0 ? weight * stat.entropy : 0);
-}
-
 // -- Logits ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_logits(const EntropyForward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  EntropyStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &EntropyStat::entropy, [&](const RowTask& task, EntropyStat& stat) {
     RowPointer<const char> x(k.rows.x, task.row);
     const Pieces pieces(k.rows.classes, x);
     const double inv_t = inverse_temperature<Arithmetic<T>>(k.rows.temperature);
-    if (!entropy_of_logits<T>(task, 0, x, pieces, inv_t, stat)) return;
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return entropy_of_logits<T>(task, 0, x, pieces, inv_t, stat);
+  });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_logits(const EntropyBackward k, const RowGrid grid, double* workspace, int launch) {
   using A = Arithmetic<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  RowPointer<const char> x(k.rows.x, task.row);
-  RowPointer<char> grad(k.grad, task.row);
-  const Pieces pieces(k.rows.classes, x, grad);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) return store_zeros<T>(task, grad, pieces);
-  const auto stat = EntropyStat::load(k.stat + EntropyStat::kSize * task.row);
-  const double inv_t = inverse_temperature<A>(k.rows.temperature);
-  Below<A> n_of(inv_t);
-  n_of.set_top(static_cast<A>(stat.top));
-  const Split<A> mean(stat.mean);
-  const A factor = static_cast<A>(coefficient * inv_t * std::exp(-stat.log_z));
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    A v[kPiece<T>];
-    load_piece(x, pieces, piece, -kInf<A>, v);
+  backward_row<T>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardRow& row) {
+    const auto stat = EntropyStat::load(k.stat + EntropyStat::kSize * task.row);
+    const double inv_t = inverse_temperature<A>(k.rows.temperature);
+    Below<A> n_of(inv_t);
+    n_of.set_top(static_cast<A>(stat.top));
+    const Split<A> mean(stat.mean);
+    const A factor = static_cast<A>(row.coefficient * inv_t * std::exp(-stat.log_z));
+    task.for_pieces<T>(row.pieces, [&](const Piece<T>& piece) {
+      A v[kPiece<T>];
+      load_piece(row.x, row.pieces, piece, -kInf<A>, v);
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; ++i) {
-      const auto term = n_of(v[i]);
-      v[i] = term.e * factor * (((term.n - mean.hi) - mean.lo) + term.rest);
-    }
-    store_piece(grad, pieces, piece, v);
+      for (int i = 0; i < kPiece<T>; ++i) {
+        const auto term = n_of(v[i]);
+        v[i] = term.e * factor * (((term.n - mean.hi) - mean.lo) + term.rest);
+      }
+      store_piece(row.grad, row.pieces, piece, v);
+    });
   });
 }
 
@@ -75,11 +60,7 @@ __device__ double gradient_free(int space, double prob, double neg_log) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_free(const EntropyForward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  EntropyStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &EntropyStat::entropy, [&](const RowTask& task, EntropyStat& stat) {
     RowPointer<const char> x(k.rows.x, task.row);
     const Pieces pieces(k.rows.classes, x);
     const NegLog side(k.rows.space, 1, {});
@@ -98,32 +79,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       });
       return Sums<1>{{sum.value()}};
     };
-    if (!task.reduce(0, entropy, part, [&](const auto& sums) { return merged(task.team, sums); })) return;
+    if (!task.reduce(0, entropy, part, [&](const auto& sums) { return merged(task.team, sums); })) return false;
     stat.entropy = entropy.x[0];
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_free(const EntropyBackward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  RowPointer<const char> x(k.rows.x, task.row);
-  RowPointer<char> grad(k.grad, task.row);
-  const Pieces pieces(k.rows.classes, x, grad);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) return store_zeros<T>(task, grad, pieces);
-  const NegLog side(k.rows.space, 1, {});
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double v[kPiece<T>];
-    load_piece(x, pieces, piece, side.padding, v);
+  backward_row<T>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardRow& row) {
+    const NegLog side(k.rows.space, 1, {});
+    task.for_pieces<T>(row.pieces, [&](const Piece<T>& piece) {
+      double v[kPiece<T>];
+      load_piece(row.x, row.pieces, piece, side.padding, v);
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; ++i) {
-      const auto [prob, neg_log] = side(v[i]);
-      v[i] = coefficient * gradient_free(side.space, prob, neg_log);
-    }
-    store_piece(grad, pieces, piece, v);
+      for (int i = 0; i < kPiece<T>; ++i) {
+        const auto [prob, neg_log] = side(v[i]);
+        v[i] = row.coefficient * gradient_free(side.space, prob, neg_log);
+      }
+      store_piece(row.grad, row.pieces, piece, v);
+    });
   });
 }
 
@@ -218,21 +194,21 @@ int64_t entropy_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, 
 
 void entropy_forward(const EntropyForward& k, int64_t rows, double* workspace, Stream stream) {
   if (k.rows.space != kLogits)
-    return launch_rows(k.rows.x.dtype == DType::Double ? &forward_free<double> : &forward_free<AnyFloat>, k, rows,
-                       workspace, stream, 1);
+    return dispatch_any(k.rows.x.dtype,
+                        [&]<class T>() { launch_rows(&forward_free<T>, k, rows, workspace, stream, 1); });
   dispatch_type(k.rows.x.dtype, [&]<class T>() { launch_rows(&forward_logits<T>, k, rows, workspace, stream, 1); });
 }
 
 void entropy_backward(const EntropyBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (k.rows.space != kLogits)
-    return launch_rows(k.rows.x.dtype == DType::Double ? &backward_free<double> : &backward_free<AnyFloat>, k, rows,
-                       workspace, stream, 0);
+    return dispatch_any(k.rows.x.dtype,
+                        [&]<class T>() { launch_rows(&backward_free<T>, k, rows, workspace, stream, 0); });
   dispatch_type(k.rows.x.dtype, [&]<class T>() { launch_rows(&backward_logits<T>, k, rows, workspace, stream, 0); });
 }
 
 void entropy_double_backward(const EntropyDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.x.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream, kReductions);
+  dispatch_any(k.rows.x.dtype,
+               [&]<class T>() { launch_rows(&double_backward<T>, k, rows, workspace, stream, kReductions); });
 }
 
 }  // namespace torch_divergence::cuda

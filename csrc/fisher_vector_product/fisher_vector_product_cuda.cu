@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 int64_t fisher_vector_product_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(1); }
 
 void fisher_vector_product(const FisherVectorProduct& k, int64_t rows, double* workspace, Stream stream) {
-  const bool wide = k.v.dtype == DType::Double;
-  launch_rows(wide ? &product_any<double> : &product_any<AnyFloat>, k, RowGrid(rows, k.classes), workspace, stream, 1);
+  dispatch_any(k.v.dtype,
+               [&]<class T>() { launch_rows(&product_any<T>, k, RowGrid(rows, k.classes), workspace, stream, 1); });
 }
 
 }  // namespace torch_divergence::cuda

@@ -137,12 +137,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
 template <class F>
 void dispatch_operands(const RowsIn (&in)[kOperands], const F& f) {
   const DType type = in[kMean].dtype;
-  if (type == DType::Double) return f.template operator()<double>();
   for (const RowsIn& x : in)
-    if (x.data != nullptr && x.dtype != type) return f.template operator()<AnyFloat>();
-  if (type == DType::Half) return f.template operator()<c10::Half>();
-  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16>();
-  return f.template operator()<float>();
+    if (type != DType::Double && x.data != nullptr && x.dtype != type) return f.template operator()<AnyFloat>();
+  dispatch_type(type, f);
 }
 
 }  // namespace

@@ -107,10 +107,6 @@ __device__ A gap(A l, A x, A y) {
   return l > 0 ? x * std::expm1(-l) : -y * std::expm1(l);
 }
 
-__device__ void store_row(const JsDivForward& k, int64_t row, double weight, const JsDivStat& stat) {
-  stat.store(k.stat + JsDivStat::kSize * row);
-  store_loss(k, row, weight != 0 ? weight * stat.js : 0);
-}
 __device__ JsDivStat no_distribution() {
   const double x = std::numeric_limits<double>::quiet_NaN();
   return {x, x, x, x, x, x, x, x, x};
@@ -232,11 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
   using Rows = LogitPair<TP, TQ>;
   using A = typename Rows::A;
   constexpr int K = Rows::K;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  JsDivStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &JsDivStat::js, [&](const RowTask& task, JsDivStat& stat) {
     Rows rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv_t = inverse_temperature<A>(k.rows.temperature), temperature = 1 / inv_t;
@@ -258,10 +250,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
                      wide(p.max) - wide(p.other),
                      wide(q.other) - wide(q.max)};
     };
-    if (!task.reduce(0, tops, part_tops, [&](const RowTops& x) { return merged(task.team, x, inv_t); })) return;
+    if (!task.reduce(0, tops, part_tops, [&](const RowTops& x) { return merged(task.team, x, inv_t); })) return false;
     if (!(tops.sum_p > 0) || !(tops.sum_q > 0) || std::isinf(tops.max_p) || std::isinf(tops.max_q)) {
-      if (task.writes()) store_row(k, task.row, weight, no_distribution());
-      return;
+      stat = no_distribution();
+      return true;
     }
     stat.lse_p = Lse{tops.max_p, tops.sum_p}.finish(temperature, stat.lse_p_lo);
     stat.lse_q = Lse{tops.max_q, tops.sum_q}.finish(temperature, stat.lse_q_lo);
@@ -290,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     };
     const auto whole = [&](const auto& x) { return merged(task.team, x); };
     for (int number = 1;; number = 3) {
-      if (!task.reduce(number, sums, part, whole)) return;
+      if (!task.reduce(number, sums, part, whole)) return false;
       if (number == 3 || !(sums.x[0] < kJsNear)) break;
       Sums<1> error;
       const auto part_error = [&] {
@@ -306,12 +298,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
         });
         return Sums<1>{{sum.value()}};
       };
-      if (!task.reduce(2, error, part_error, whole)) return;
+      if (!task.reduce(2, error, part_error, whole)) return false;
       stat.lse_q_lo += temperature * std::log1p(error.x[0]);
     }
     stat.mean_p = sums.x[1], stat.mean_q = sums.x[2], stat.js = k.rows.unit() * sums.x[0];
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 template <class TP, class TQ>
@@ -320,37 +312,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
   using Rows = LogitPair<TP, TQ>;
   using A = typename Rows::A;
   constexpr int K = Rows::K;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  Rows rows(k.rows, task.row);
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    store_zeros<TP>(task, grad_p, pieces);
-    store_zeros<TQ>(task, grad_q, pieces);
-    return;
-  }
-  const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * task.row);
-  const double inv_t = inverse_temperature<A>(k.rows.temperature);
-  const JsWeights weights(k.rows, coefficient * inv_t);
-  const LogRatio<A> ratio(k.rows.beta, stat, inv_t);
-  const Probability<A> prob_p(stat.lse_p, stat.lse_p_lo, inv_t), prob_q(stat.lse_q, stat.lse_q_lo, inv_t);
-  const A c_p = static_cast<A>(weights.p), c_q = static_cast<A>(weights.q), mean_p = static_cast<A>(stat.mean_p),
-          mean_q = static_cast<A>(stat.mean_q);
-  const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr;
-  task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-    A t[K], s[K], g_p[K], g_q[K];
-    rows.load(pieces, piece, t, s);
+  backward_pair<TP, TQ, Rows>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardPair<Rows>& pair) {
+    const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * task.row);
+    const double inv_t = inverse_temperature<A>(k.rows.temperature);
+    const JsWeights weights(k.rows, pair.coefficient * inv_t);
+    const LogRatio<A> ratio(k.rows.beta, stat, inv_t);
+    const Probability<A> prob_p(stat.lse_p, stat.lse_p_lo, inv_t), prob_q(stat.lse_q, stat.lse_q_lo, inv_t);
+    const A c_p = static_cast<A>(weights.p), c_q = static_cast<A>(weights.q), mean_p = static_cast<A>(stat.mean_p),
+            mean_q = static_cast<A>(stat.mean_q);
+    const bool want_p = pair.grad_p.data != nullptr, want_q = pair.grad_q.data != nullptr;
+    task.for_pieces<TP>(pair.pieces, [&](const Piece<TP>& piece) {
+      A t[K], s[K], g_p[K], g_q[K];
+      pair.rows.load(pair.pieces, piece, t, s);
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const auto at = ratio(t[i], s[i]);
-      const Ratios<A> r = ratio.centres(k.mixture, at.l, at.from_p, at.from_q, want_p, want_q);
-      g_p[i] = c_p * prob_p(t[i]) * (r.sigma - mean_p);
-      g_q[i] = c_q * prob_q(s[i]) * (r.rho - mean_q);
-    }
-    if (want_p) store_piece(grad_p, pieces, piece, g_p);
-    if (want_q) store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g_q);
+      for (int i = 0; i < K; ++i) {
+        const auto at = ratio(t[i], s[i]);
+        const Ratios<A> r = ratio.centres(k.mixture, at.l, at.from_p, at.from_q, want_p, want_q);
+        g_p[i] = c_p * prob_p(t[i]) * (r.sigma - mean_p);
+        g_q[i] = c_q * prob_q(s[i]) * (r.rho - mean_q);
+      }
+      if (want_p) store_piece(pair.grad_p, pair.pieces, piece, g_p);
+      if (want_q) store_piece(pair.grad_q, pair.pieces, Piece<TQ>{piece.first, piece.gap}, g_q);
+    });
   });
 }
 
@@ -367,9 +350,8 @@ struct Classes {
   double inv_t;
   bool from_logits;
 
-  __device__ Classes(const JsDivRows& rows, const RowPointer<const char>& p_, const RowPointer<const char>& q_,
-                     const JsDivStat& stat, double inv)
-      : Classes(rows, p_, q_, stat, inv, JsCentres(stat, inv)) {}
+  __device__ Classes(const JsDivRows& rows, const AnyRows<T>& row, const JsDivStat& stat, double inv)
+      : Classes(rows, row, stat, inv, JsCentres(stat, inv)) {}
   // f(p, q, l, ratios) for the classes of a piece, in order.
   template <class F>
   __device__ void for_each(const Mixture<double>& mixture, const Pieces& pieces, const Piece<T>& piece,
@@ -396,10 +378,10 @@ struct Classes {
   }
 
  private:
-  __device__ Classes(const JsDivRows& rows, const RowPointer<const char>& p_, const RowPointer<const char>& q_,
-                     const JsDivStat& stat, double inv, const JsCentres& at)
-      : p(p_),
-        q(q_),
+  __device__ Classes(const JsDivRows& rows, const AnyRows<T>& row, const JsDivStat& stat, double inv,
+                     const JsCentres& at)
+      : p(row.p),
+        q(row.q),
         p_side(rows.p_space, inv, stat.lse_p, stat.lse_p_lo),
         q_side(rows.q_space, inv, stat.lse_q, stat.lse_q_lo),
         difference(at.difference.sum, at.difference.error),
@@ -413,32 +395,28 @@ struct Classes {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_any(const Mixed<JsDivForward, double> k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  JsDivStat stat{};
-  if (weight != 0) {
-    RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
-    const Pieces pieces(k.rows.classes, row_p, row_q);
+  forward_row(k, grid, workspace, launch, &JsDivStat::js, [&](const RowTask& task, JsDivStat& stat) {
+    AnyRows<T> rows(k.rows, task.row);
+    const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv = 1 / k.rows.temperature;
     stat.top_p = -kInf<double>, stat.top_q = kInf<double>;  // not centred
     const auto merged_lse = [&](const Lse& x) { return merged(task.team, x, inv); };
     Lse lse;
     if (k.rows.p_space == kLogits) {
       if (!task.reduce(
-              0, lse, [&] { return lse_of_pieces<T>(task, pieces, row_p, inv); }, merged_lse))
-        return;
+              0, lse, [&] { return lse_of_pieces<T>(task, pieces, rows.p, inv); }, merged_lse))
+        return false;
       stat.lse_p = lse.finish(k.rows.temperature, stat.lse_p_lo);
     }
     if (k.rows.q_space == kLogits) {
       if (!task.reduce(
-              1, lse, [&] { return lse_of_pieces<T>(task, pieces, row_q, inv); }, merged_lse))
-        return;
+              1, lse, [&] { return lse_of_pieces<T>(task, pieces, rows.q, inv); }, merged_lse))
+        return false;
       stat.lse_q = lse.finish(k.rows.temperature, stat.lse_q_lo);
     }
     Sums<4> sums;
     const auto part = [&] {
-      const Classes<T> classes(k.rows, row_p, row_q, stat, inv);
+      const Classes<T> classes(k.rows, rows, stat, inv);
       Sum<double> term, p_sigma, q_rho, error;
       task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
         double piece_term = 0, piece_p = 0, piece_q = 0, piece_gap = 0;
@@ -452,13 +430,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto whole = [&](const Sums<4>& x) { return merged(task.team, x); };
     for (int number = 2;; number = 3) {
-      if (!task.reduce(number, sums, part, whole)) return;
+      if (!task.reduce(number, sums, part, whole)) return false;
       if (number == 3 || !k.rows.from_logits() || !(sums.x[0] < kJsNear)) break;
       stat.lse_q_lo += k.rows.temperature * std::log1p(sums.x[3]);
     }
     stat.mean_p = sums.x[1], stat.mean_q = sums.x[2], stat.js = k.rows.unit() * sums.x[0];
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 // A side's gradient of the scaled divergence but for 1/(1 - b) or 1/b; ratio is sigma or rho.
@@ -471,29 +449,20 @@ __device__ double entry(const Side& side, double prob, double ratio, double mean
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_any(const Mixed<JsDivBackward, double> k, const RowGrid grid, double* workspace, int launch) {
-  constexpr int K = kPiece<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, row_p, row_q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    store_zeros<T>(task, grad_p, pieces);
-    store_zeros<T>(task, grad_q, pieces);
-    return;
-  }
-  const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * task.row);
-  const Classes<T> classes(k.rows, row_p, row_q, stat, 1 / k.rows.temperature);
-  const JsWeights weights(k.rows, coefficient);
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double g_p[K] = {}, g_q[K] = {};
-    classes.for_each(k.mixture, pieces, piece, [&](double x, double y, double, const Ratios<double>& r) {
-      append(g_p, weights.p * entry(classes.p_side, x, r.sigma, stat.mean_p));
-      append(g_q, weights.q * entry(classes.q_side, y, r.rho, stat.mean_q));
+  using Rows = AnyRows<T>;
+  constexpr int K = Rows::K;
+  backward_pair<T, T, Rows>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardPair<Rows>& pair) {
+    const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * task.row);
+    const Classes<T> classes(k.rows, pair.rows, stat, 1 / k.rows.temperature);
+    const JsWeights weights(k.rows, pair.coefficient);
+    task.for_pieces<T>(pair.pieces, [&](const Piece<T>& piece) {
+      double g_p[K] = {}, g_q[K] = {};
+      classes.for_each(k.mixture, pair.pieces, piece, [&](double x, double y, double, const Ratios<double>& r) {
+        append(g_p, weights.p * entry(classes.p_side, x, r.sigma, stat.mean_p));
+        append(g_q, weights.q * entry(classes.q_side, y, r.rho, stat.mean_q));
+      });
+      pair.store(piece, g_p, g_q);
     });
-    if (grad_p.data != nullptr) store_piece(grad_p, pieces, piece, g_p);
-    if (grad_q.data != nullptr) store_piece(grad_q, pieces, piece, g_q);
   });
 }
 
@@ -517,21 +486,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
-  RowPointer<const char> v_p(k.v_p, task.row), v_q(k.v_q, task.row);
-  RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
-  const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
-  const double coefficient = k.coefficient[task.row];
+  const DoubleBackwardPair<T, AnyRows<T>> pair(k, task.row);
+  const Pieces& pieces = pair.pieces;
   const auto stat = JsDivStat::load(k.stat + JsDivStat::kSize * task.row);
   const double inv_t =
       k.rows.by_logits() ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature;
-  const Classes<T> classes(k.rows, row_p, row_q, stat, inv_t);
+  const Classes<T> classes(k.rows, pair.rows, stat, inv_t);
   const Side &p_side = classes.p_side, &q_side = classes.q_side;
   // f(p, q, ratios, v_p, v_q) for the classes of a piece.
   const auto for_each = [&](const Piece<T>& piece, const auto& f) {
-    double a[K] = {}, b[K] = {};
-    if (v_p.data != nullptr) load_piece(v_p, pieces, piece, 0.0, a);
-    if (v_q.data != nullptr) load_piece(v_q, pieces, piece, 0.0, b);
+    double a[K], b[K];
+    pair.load_directions(piece, a, b);
     classes.for_each(k.mixture, pieces, piece,
                      [&](double x, double y, double, const Ratios<double>& r) { f(x, y, r, next(a), next(b)); });
   };
@@ -550,16 +515,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     return sums;
   };
   if (!task.reduce(0, means, part_means, whole)) return;
-  if (k.d_coefficient != nullptr && task.writes()) {
-    const JsWeights unit(k.rows, 1);
-    k.d_coefficient[task.row] = unit.p * means.x[2] + unit.q * means.x[3];
-  }
-  if (coefficient == 0) {
-    store_zeros<T>(task, d_p, pieces);
-    store_zeros<T>(task, d_q, pieces);
-    return;
-  }
-  if (d_p.data == nullptr && d_q.data == nullptr) return;
+  const JsWeights unit(k.rows, 1);
+  if (!pair.more_than(k, task, unit.p * means.x[2] + unit.q * means.x[3])) return;
   Sums<2> rest;
   const auto part_rest = [&] {
     Sums<2> sums;
@@ -598,7 +555,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return sums;
   };
   if (!task.reduce(2, mean_dots, part_dots, whole)) return;
-  const JsWeights weights(k.rows, coefficient);
+  const JsWeights weights(k.rows, pair.coefficient);
   // The derivative of entry(). Where prob = 0, that is constantly 0 by convention, and so is its derivative.
   const auto entry_dot = [](const Side& side, double prob, double dot, double ratio, double ratio_dot,
                             double mean_dot) {
@@ -614,17 +571,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       append(h_p, weights.p * entry_dot(p_side, x, p_dot, r.sigma, sigma_dot, mean_dots.x[0]));
       append(h_q, weights.q * entry_dot(q_side, y, q_dot, r.rho, rho_dot, mean_dots.x[1]));
     });
-    if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
-    if (d_q.data != nullptr) store_piece(d_q, pieces, piece, h_q);
+    pair.store(piece, h_p, h_q);
   });
-}
-
-template <class Call>
-void launch_any(void (*as_float)(Mixed<Call, double>, RowGrid, double*, int),
-                void (*as_double)(Mixed<Call, double>, RowGrid, double*, int), const Call& k, int64_t rows,
-                double* workspace, Stream stream, int reductions) {
-  launch_rows(k.rows.p.dtype == DType::Double ? as_double : as_float, Mixed<Call, double>(k), rows, workspace, stream,
-              reductions);
 }
 
 }  // namespace
@@ -633,7 +581,9 @@ int64_t js_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, c
 
 void js_div_forward(const JsDivForward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.by_logits())
-    return launch_any(&forward_any<AnyFloat>, &forward_any<double>, k, rows, workspace, stream, kReductions);
+    return dispatch_any(k.rows.p.dtype, [&]<class T>() {
+      launch_rows(&forward_any<T>, Mixed<JsDivForward, double>(k), rows, workspace, stream, kReductions);
+    });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
     launch_rows(&forward_logits<TP, TQ>, Mixed<JsDivForward, Arithmetic<TP>>(k), rows, workspace, stream, kReductions);
   });
@@ -641,14 +591,18 @@ void js_div_forward(const JsDivForward& k, int64_t rows, double* workspace, Stre
 
 void js_div_backward(const JsDivBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.by_logits())
-    return launch_any(&backward_any<AnyFloat>, &backward_any<double>, k, rows, workspace, stream, 0);
+    return dispatch_any(k.rows.p.dtype, [&]<class T>() {
+      launch_rows(&backward_any<T>, Mixed<JsDivBackward, double>(k), rows, workspace, stream, 0);
+    });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
     launch_rows(&backward_logits<TP, TQ>, Mixed<JsDivBackward, Arithmetic<TP>>(k), rows, workspace, stream, 0);
   });
 }
 
 void js_div_double_backward(const JsDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_any(&double_backward<AnyFloat>, &double_backward<double>, k, rows, workspace, stream, 3);
+  dispatch_any(k.rows.p.dtype, [&]<class T>() {
+    launch_rows(&double_backward<T>, Mixed<JsDivDoubleBackward, double>(k), rows, workspace, stream, 3);
+  });
 }
 
 }  // namespace torch_divergence::cuda

@@ -16,34 +16,23 @@ namespace {
 
 constexpr int kReductions = 2;
 
-__device__ void store_row(const KlDivForward& k, int64_t row, double weight, const KlDivStat& stat) {
-  stat.store(k.stat + KlDivStat::kSize * row);
-  store_loss(k, row, weight != 0 ? weight * stat.kl : 0);
-}
-
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     forward_logits(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  KlDivStat stat{};
-  if (weight != 0) {
+  forward_row(k, grid, workspace, launch, &KlDivStat::kl, [&](const RowTask& task, KlDivStat& stat) {
     LogitRows<TP, TQ> rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv_t = inverse_temperature<Arithmetic<TP>>(k.rows.temperature);
-    if (!kl_of_logits(task, 0, rows, pieces, inv_t, stat)) return;
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return kl_of_logits(task, 0, rows, pieces, inv_t, stat);
+  });
 }
 
 template <class TP, class TQ>
 __global__ void __launch_bounds__(kThreads, kBlocks<TP>)
     backward_logits(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
-  const RowTask task(grid, workspace, launch);
-  if (task.valid()) kl_gradients<TP, TQ>(task, k, k.stat + KlDivStat::kSize * task.row);
+  kl_gradients<TP, TQ, KlDivStat::kSize>(k, grid, workspace, launch);
 }
 
 // -- Any space ------------------------------------------------------------------------------------------------------
@@ -63,13 +52,8 @@ __device__ double gradient_q(const Side& side, double mass, double p, double q) 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     forward_any(const KlDivForward k, const RowGrid grid, double* workspace, int launch) {
-  using Rows = AnyRows<T>;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  const double weight = weight_of(k.weight, task.row);
-  KlDivStat stat{};
-  if (weight != 0) {
-    Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
+  forward_row(k, grid, workspace, launch, &KlDivStat::kl, [&](const RowTask& task, KlDivStat& stat) {
+    AnyRows<T> rows(k.rows, task.row);
     const Pieces pieces(k.rows.classes, rows.p, rows.q);
     const double inv = 1 / k.rows.temperature;
     if (k.rows.p_space == kLogits || k.rows.q_space == kLogits) {
@@ -77,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       if (k.rows.p_space == kLogits) logits = rows.p;
       Lse lse;
       const auto part = [&] { return lse_of_pieces<T>(task, pieces, logits, inv); };
-      if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return;
+      if (!task.reduce(0, lse, part, [&](const Lse& x) { return merged(task.team, x, inv); })) return false;
       const double value = lse.finish(1 / inv, stat.mean_lo);
       (k.rows.p_space == kLogits ? stat.lse_p : stat.lse_q) = value;
     }
@@ -100,10 +84,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       });
       return Sums<2>{{kl.value(), mass.value()}};
     };
-    if (!task.reduce(1, sums, part, [&](const Sums<2>& x) { return merged(task.team, x); })) return;
+    if (!task.reduce(1, sums, part, [&](const Sums<2>& x) { return merged(task.team, x); })) return false;
     stat.kl = sums.x[0], stat.mean = sums.x[1];
-  }
-  if (task.writes()) store_row(k, task.row, weight, stat);
+    return true;
+  });
 }
 
 template <class T>
@@ -111,31 +95,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_any(const KlDivBackward k, const RowGrid grid, double* workspace, int launch) {
   using Rows = AnyRows<T>;
   constexpr int K = Rows::K;
-  const RowTask task(grid, workspace, launch);
-  if (!task.valid()) return;
-  Rows rows{{k.rows.p, task.row}, {k.rows.q, task.row}};
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    store_zeros<T>(task, grad_p, pieces);
-    store_zeros<T>(task, grad_q, pieces);
-    return;
-  }
-  const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
-  const double inv = 1 / k.rows.temperature;
-  const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
-      q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
-  const double c = coefficient, kl = stat.kl, mass = stat.mean;
-  const bool infinite = std::isinf(stat.kl);
-  task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
-    double g_p[K], g_q[K];
-    rows.for_classes(pieces, piece, p_side, q_side, [&](double x, double y, double, double, double l, int i) {
-      g_p[i] = c * gradient_p(p_side, infinite, x, l, l - kl);
-      g_q[i] = c * gradient_q(q_side, mass, x, y);
+  backward_pair<T, T, Rows>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardPair<Rows>& pair) {
+    const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
+    const double inv = 1 / k.rows.temperature;
+    const Side p_side(k.rows.p_space, inv, stat.lse_p, stat.mean_lo),
+        q_side(k.rows.q_space, inv, stat.lse_q, stat.mean_lo);
+    const double c = pair.coefficient, kl = stat.kl, mass = stat.mean;
+    const bool infinite = std::isinf(stat.kl);
+    task.for_pieces<T>(pair.pieces, [&](const Piece<T>& piece) {
+      double g_p[K], g_q[K];
+      pair.rows.for_classes(pair.pieces, piece, p_side, q_side,
+                            [&](double x, double y, double, double, double l, int i) {
+                              g_p[i] = c * gradient_p(p_side, infinite, x, l, l - kl);
+                              g_q[i] = c * gradient_q(q_side, mass, x, y);
+                            });
+      pair.store(piece, g_p, g_q);
     });
-    if (grad_p.data != nullptr) store_piece(grad_p, pieces, piece, g_p);
-    if (grad_q.data != nullptr) store_piece(grad_q, pieces, piece, g_q);
   });
 }
 
@@ -150,15 +125,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int K = kPiece<T>;
   const RowTask task(grid, workspace, launch);
   if (!task.valid()) return;
-  RowPointer<const char> row_p(k.rows.p, task.row), row_q(k.rows.q, task.row);
-  RowPointer<const char> v_p(k.v_p, task.row), v_q(k.v_q, task.row);
-  RowPointer<char> d_p(k.d_p, task.row), d_q(k.d_q, task.row);
-  const Pieces pieces(k.rows.classes, row_p, row_q, v_p, v_q, d_p, d_q);
+  const DoubleBackwardPair<T, AnyRows<T>> pair(k, task.row);
+  const Pieces& pieces = pair.pieces;
   const auto stat = KlDivStat::load(k.stat + KlDivStat::kSize * task.row);
   const bool both_logits = k.rows.from_logits(), infinite = std::isinf(stat.kl);
   const double inv_t = both_logits ? inverse_temperature<Arithmetic<T>>(k.rows.temperature) : 1 / k.rows.temperature,
-               coefficient = k.coefficient[task.row];
-  const double rest = both_logits ? 0 : stat.mean_lo;
+               rest = both_logits ? 0 : stat.mean_lo;
   Side p_side(k.rows.p_space, inv_t, stat.lse_p, rest), q_side(k.rows.q_space, inv_t, stat.lse_q, rest);
   const Split<double> centre(stat.mean, stat.mean_lo);
   const double kl = stat.kl, mass = both_logits ? 1 : stat.mean;
@@ -166,11 +138,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   double off_centre = 0;  // E_p[u], which is not 0 where the mean was summed from classes far from it
   // f(p, q, l, l - KL, v_p, v_q, k, is q 0 and not just too small for double) for the classes of a piece.
   const auto for_classes = [&](const Piece<T>& piece, const auto& f) {
-    double t[K], s[K], a[K] = {}, b[K] = {};
-    load_piece(row_p, pieces, piece, p_side.padding, t);
-    load_piece(row_q, pieces, piece, q_side.padding, s);
-    if (v_p.data != nullptr) load_piece(v_p, pieces, piece, 0.0, a);
-    if (v_q.data != nullptr) load_piece(v_q, pieces, piece, 0.0, b);
+    double t[K], s[K], a[K], b[K];
+    load_piece(pair.rows.p, pieces, piece, p_side.padding, t);
+    load_piece(pair.rows.q, pieces, piece, q_side.padding, s);
+    pair.load_directions(piece, a, b);
     const bool both_probs = p_side.space == kProbs && q_side.space == kProbs;
 #pragma unroll
     for (int i = 0; i < K; ++i) {
@@ -219,14 +190,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     return sums;
   };
   if (!task.reduce(1, dots, part_dots, [&](const auto& x) { return merged(task.team, x); })) return;
-  if (k.d_coefficient != nullptr && task.writes()) k.d_coefficient[task.row] = dots.x[0] + dots.x[1];
-  if (coefficient == 0) {
-    store_zeros<T>(task, d_p, pieces);
-    store_zeros<T>(task, d_q, pieces);
-    return;
-  }
-  if (d_p.data == nullptr && d_q.data == nullptr) return;
-  const double c = coefficient, kl_dot = dots.x[0] + dots.x[1], mass_dot = p_side.space == kLogits ? 0 : mean_p;
+  const double kl_dot = dots.x[0] + dots.x[1];
+  if (!pair.more_than(k, task, kl_dot)) return;
+  const double c = pair.coefficient, mass_dot = p_side.space == kLogits ? 0 : mean_p;
   task.for_pieces<T>(pieces, [&](const Piece<T>& piece) {
     double h_p[K], h_q[K];
     for_classes(piece, [&](double p, double q, double l, double u, double a, double b, int i, bool none_q) {
@@ -251,8 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         h_q[i] = none_q ? c * 0 : c * ((p * log_q_dot - p_dot) / q);
       }
     });
-    if (d_p.data != nullptr) store_piece(d_p, pieces, piece, h_p);
-    if (d_q.data != nullptr) store_piece(d_q, pieces, piece, h_q);
+    pair.store(piece, h_p, h_q);
   });
 }
 
@@ -262,8 +227,8 @@ int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, c
 
 void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
-    return launch_rows(k.rows.p.dtype == DType::Double ? &forward_any<double> : &forward_any<AnyFloat>, k, rows,
-                       workspace, stream, kReductions);
+    return dispatch_any(k.rows.p.dtype,
+                        [&]<class T>() { launch_rows(&forward_any<T>, k, rows, workspace, stream, kReductions); });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
     launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
   });
@@ -271,16 +236,16 @@ void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stre
 
 void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
-    return launch_rows(k.rows.p.dtype == DType::Double ? &backward_any<double> : &backward_any<AnyFloat>, k, rows,
-                       workspace, stream, 0);
+    return dispatch_any(k.rows.p.dtype,
+                        [&]<class T>() { launch_rows(&backward_any<T>, k, rows, workspace, stream, 0); });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
     launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
   });
 }
 
 void kl_div_double_backward(const KlDivDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.p.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream, kReductions);
+  dispatch_any(k.rows.p.dtype,
+               [&]<class T>() { launch_rows(&double_backward<T>, k, rows, workspace, stream, kReductions); });
 }
 
 }  // namespace torch_divergence::cuda

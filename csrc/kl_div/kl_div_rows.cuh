@@ -196,99 +196,95 @@ inline __device__ Peak merged(const Team& team, const Peak& part) {
   return {at[0], others[0], others[1]};
 }
 
-// Gradients of a row that left its statistics at `left`, by reductions 0 and 1.
-template <class TP, class TQ, class Call>
-__device__ __forceinline__ void kl_gradients(const RowTask& task, const Call& k, const double* left) {
+// Gradients of rows that left their statistics first of kStatSize numbers, by reductions 0 and 1.
+template <class TP, class TQ, int kStatSize, class Call>
+__device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid, double* workspace, int launch) {
   using Rows = LogitRows<TP, TQ>;
   using A = typename Rows::A;
   constexpr int K = Rows::K;
-  Rows rows(k.rows, task.row);
-  RowPointer<char> grad_p(k.grad_p, task.row), grad_q(k.grad_q, task.row);
-  const Pieces pieces(k.rows.classes, rows.p, rows.q, grad_p, grad_q);
-  const double coefficient = k.coefficient[task.row];
-  if (coefficient == 0) {
-    if (!task.first_launch()) return;
-    store_zeros<TP>(task, grad_p, pieces);
-    store_zeros<TQ>(task, grad_q, pieces);
-    return;
-  }
-  auto stat = KlDivStat::load(left);
-  const double inv = inverse_temperature<A>(k.rows.temperature);
-  const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
-             infinite = std::isinf(stat.kl);
-  const Exp<A> exp(inv);
-  const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
-  // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
-  // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
-  if (want_p && !near && !infinite) {
-    const Split<A> centre(stat.mean, stat.mean_lo);
-    Sums<1> error;
-    const auto part_error = [&] {
-      Sum<A> sum;
+  backward_pair<TP, TQ, Rows>(k, grid, workspace, launch, [&](const RowTask& task, const BackwardPair<Rows>& pair) {
+    const Rows& rows = pair.rows;
+    const RowPointer<char>&grad_p = pair.grad_p, &grad_q = pair.grad_q;
+    const Pieces& pieces = pair.pieces;
+    const double coefficient = pair.coefficient;
+    auto stat = KlDivStat::load(k.stat + kStatSize * task.row);
+    const double inv = inverse_temperature<A>(k.rows.temperature);
+    const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
+               infinite = std::isinf(stat.kl);
+    const Exp<A> exp(inv);
+    const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
+    // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
+    // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
+    if (want_p && !near && !infinite) {
+      const Split<A> centre(stat.mean, stat.mean_lo);
+      Sums<1> error;
+      const auto part_error = [&] {
+        Sum<A> sum;
+        task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
+          A t[K], s[K], part = 0;
+          rows.load(pieces, piece, t, s);
+#pragma unroll
+          for (int i = 0; i < K; ++i) {
+            const A x = exp(t[i] - lse_p.hi);  // without its factor: an error's digits are not needed
+            part += x == 0 ? 0 : x * difference_minus(t[i], s[i], centre);
+          }
+          sum.add(part);
+        });
+        return Sums<1>{{sum.value()}};
+      };
+      if (!task.reduce(0, error, part_error, [&](const auto& x) { return merged(task.team, x); })) return;
+      stat.set_mean(stat.mean, stat.mean_lo + error.x[0]);
+    }
+    Peak peak;
+    const auto part = [&] {
+      const Split<A> centre(stat.mean, stat.mean_lo);
+      const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
+              factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
+              c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
+      int64_t at = -1;
+      Sum<A> others_p, others_q;
       task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-        A t[K], s[K], part = 0;
+        A t[K], s[K], x[K], u[K];
         rows.load(pieces, piece, t, s);
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          const A x = exp(t[i] - lse_p.hi);  // without its factor: an error's digits are not needed
-          part += x == 0 ? 0 : x * difference_minus(t[i], s[i], centre);
+          x[i] = exp(t[i] - lse_p.hi) * factor_p;
+          u[i] = difference_minus(t[i], s[i], centre) * inv_t;
+          if (x[i] > A(0.5)) at = piece.at(i);
         }
-        sum.add(part);
+        A g[K], others = 0;
+        if (want_p) {
+#pragma unroll
+          for (int i = 0; i < K; ++i) {
+            g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * u[i];
+            others += x[i] > A(0.5) ? 0 : g[i];
+          }
+          others_p.add(others);
+          store_piece(grad_p, pieces, piece, g);
+        }
+        if (want_q) {
+          others = 0;
+#pragma unroll
+          for (int i = 0; i < K; ++i) {
+            const A v = u[i] + kl;
+            g[i] = c *
+                   (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v) : exp(s[i] - lse_q.hi) * factor_q - x[i]);
+            others += x[i] > A(0.5) ? 0 : g[i];
+          }
+          others_q.add(others);
+          store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g);
+        }
       });
-      return Sums<1>{{sum.value()}};
+      return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
     };
-    if (!task.reduce(0, error, part_error, [&](const auto& x) { return merged(task.team, x); })) return;
-    stat.set_mean(stat.mean, stat.mean_lo + error.x[0]);
-  }
-  Peak peak;
-  const auto part = [&] {
-    const Split<A> centre(stat.mean, stat.mean_lo);
-    const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
-            factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
-            c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
-    int64_t at = -1;
-    Sum<A> others_p, others_q;
-    task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-      A t[K], s[K], x[K], u[K];
-      rows.load(pieces, piece, t, s);
-#pragma unroll
-      for (int i = 0; i < K; ++i) {
-        x[i] = exp(t[i] - lse_p.hi) * factor_p;
-        u[i] = difference_minus(t[i], s[i], centre) * inv_t;
-        if (x[i] > A(0.5)) at = piece.at(i);
-      }
-      A g[K], others = 0;
-      if (want_p) {
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * u[i];
-          others += x[i] > A(0.5) ? 0 : g[i];
-        }
-        others_p.add(others);
-        store_piece(grad_p, pieces, piece, g);
-      }
-      if (want_q) {
-        others = 0;
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          const A v = u[i] + kl;
-          g[i] =
-              c * (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v) : exp(s[i] - lse_q.hi) * factor_q - x[i]);
-          others += x[i] > A(0.5) ? 0 : g[i];
-        }
-        others_q.add(others);
-        store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g);
-      }
-    });
-    return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
-  };
-  if (!task.reduce(1, peak, part, [&](const Peak& x) { return merged(task.team, x); })) return;
-  if (peak.at < 0) return;
-  __syncwarp();  // a team that is one warp has met no barrier since the class was written
-  if (!task.writes()) return;
-  const auto at = static_cast<int64_t>(peak.at);
-  if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-peak.others_p));
-  if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-peak.others_q));
+    if (!task.reduce(1, peak, part, [&](const Peak& x) { return merged(task.team, x); })) return;
+    if (peak.at < 0) return;
+    __syncwarp();  // a team that is one warp has met no barrier since the class was written
+    if (!task.writes()) return;
+    const auto at = static_cast<int64_t>(peak.at);
+    if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-peak.others_p));
+    if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-peak.others_q));
+  });
 }
 
 }  // namespace torch_divergence::cuda

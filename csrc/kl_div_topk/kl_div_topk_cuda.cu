@@ -551,31 +551,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (k.d_tail != nullptr && task.writes()) k.d_tail[task.row] = totals.p_is_0 ? 0 : c * tail_dot.p;
 }
 
-// f.template operator()<T>() for the type of the input.
-template <class F>
-void dispatch_input(DType type, const F& f) {
-  if (type == DType::Double) return f.template operator()<double>();
-  if (type == DType::Half) return f.template operator()<c10::Half>();
-  if (type == DType::BFloat16) return f.template operator()<c10::BFloat16>();
-  return f.template operator()<float>();
-}
-
 }  // namespace
 
 int64_t kl_div_topk_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kReductions); }
 
 void kl_div_topk_forward(const TopkForward& k, int64_t rows, double* workspace, Stream stream) {
-  dispatch_input(k.rows.input.dtype,
-                 [&]<class T>() { launch_rows(&forward<T>, k, rows, workspace, stream, kReductions); });
+  dispatch_type(k.rows.input.dtype,
+                [&]<class T>() { launch_rows(&forward<T>, k, rows, workspace, stream, kReductions); });
 }
 
 void kl_div_topk_backward(const TopkBackward& k, int64_t rows, double* workspace, Stream stream) {
-  dispatch_input(k.rows.input.dtype, [&]<class T>() { launch_rows(&backward<T>, k, rows, workspace, stream, 0); });
+  dispatch_type(k.rows.input.dtype, [&]<class T>() { launch_rows(&backward<T>, k, rows, workspace, stream, 0); });
 }
 
 void kl_div_topk_double_backward(const TopkDoubleBackward& k, int64_t rows, double* workspace, Stream stream) {
-  launch_rows(k.rows.input.dtype == DType::Double ? &double_backward<double> : &double_backward<AnyFloat>, k, rows,
-              workspace, stream, 1);
+  dispatch_any(k.rows.input.dtype, [&]<class T>() { launch_rows(&double_backward<T>, k, rows, workspace, stream, 1); });
 }
 
 }  // namespace torch_divergence::cuda

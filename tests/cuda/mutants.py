@@ -2,6 +2,7 @@
 
     mutants.py                every mutant        mutants.py --sample 6     six, spread over the list
     mutants.py --only 'barrier|stride'            mutants.py --list
+    mutants.py --rules                            with the checker only, in half of the time
 
 MUTATIONS removes or shifts every barrier, choice of a writer, bound, rescaling, stride, rounding-up, shuffle and shared
 array of every .cu and .cuh in turn; with --all also every guard, choice and comparison. Each mutant goes into the
@@ -29,58 +30,85 @@ import nvcc
 
 CSRC = nvcc.ROOT / "csrc"
 EMULATOR = nvcc.HERE / "emulator"
-# Quick ones that between them reach a team of one warp, of a block and of several, tails, strides and masks.
-CASES = ("odd", "a_block")
-LOGITS = (
-    "misaligned_differently",
-    "strided",
-    "strided_peaked",
-    "mask_both_far",
-    "mask_row",
-    "split_odd_far",
-    "same_direction",
-    "level",
-    "level_far",
+# Of each loss, the quick tests that between them reach a team of one warp, of a block and of several, tails, strides
+# and masks. A mutant of a loss's file goes into its own tests, one of a file that they share into all, in this order.
+PAIRS = (
+    "*/odd",
+    "*/a_block",
+    *(
+        f"*Logits/{name}"
+        for name in (
+            "misaligned_differently",
+            "strided",
+            "strided_peaked",
+            "mask_both_far",
+            "mask_row",
+            "split_odd_far",
+            "same_direction",
+            "level",
+            "level_far",
+        )
+    ),
+    "*OtherSpaces/a_piece",
+    "*OtherSpaces/most_of_a_warp",
 )
-FILTER = ":".join(
-    [
-        *(f"*/{name}" for name in CASES),
-        *(f"*Logits/{name}" for name in LOGITS),
-        "*OtherSpaces/a_piece",
-        "*OtherSpaces/most_of_a_warp",
-        "KlDivCudaCentre.*",
-        "JsDivCudaBeta.*",
+ROWS = ("*/odd", "*/a_block", "*/split", "*/misaligned", "*/strided")
+TESTS = {
+    "kl_div": (*PAIRS, "KlDivCudaCentre.*"),
+    "js_div": (*PAIRS, "JsDivCudaBeta.*"),
+    "cross_entropy": (
+        *PAIRS,
         "*Labels/misaligned",
         "*Labels/split_odd",
         "*Logits/climbing",
         "*Logits/mask_both",
         "CrossEntropyCudaLabels.*",
-    ]
-)
-# Kernel files by loss: a mutant of one goes into its own tests, one of a file that they share into all of them.
-LOSSES = ("kl_div", "js_div", "cross_entropy", "entropy")
+    ),
+    "entropy": (*PAIRS, "*Logits/climbing", "*Logits/mask_both"),
+    "gaussian_kl": (*ROWS, "*/far", "*/shared_prior", "GaussianKlCudaInfinities.*"),
+    "fisher_vector_product": (*ROWS, "*/offsets", "*/masked"),
+    "kl_div_topk": (*ROWS, "*/many", "*/near_split", "*/masked", "KlDivTopkCudaAssertions.*"),
+    "wasserstein_1d": ("*",),
+    "sinkhorn": (
+        *(f"*/{name}" for name in ("unit", "odd", "any_dims", "matrix", "flat", "unbalanced", "symmetric", "ragged")),
+        *(f"*OneUpdate/{name}" for name in ("large", "large_flat", "large_matrix", "large_and_small")),
+        "SinkhornCudaSweep.*",
+    ),
+}
 
 INNER = r"(?:[^();{}]|\((?:[^(){}]|\([^(){}]*\))*\))*"  # balanced to two levels
 MUTATIONS = (
-    ("barrier removed", r"\b__sync(?:threads|warp)\(\);", ";"),
+    ("barrier removed", r"\b__sync(?:threads|warp)\(\);|\b(?:task\.team|block)\.sync\(\);", ";"),
     ("barrier of a warp only", r"\b__syncthreads\(\);", "__syncwarp();"),
     ("barrier too early", r"(\bif \([^{};]*\) \{[^{}]*\})\s*(__sync\w+\(\);)", r"\2 \1"),
-    ("every thread writes", r"\btask\.writes\(\)|\bteam\.rank == 0|\brank % kWarp == 0", "true"),
+    (
+        "every thread writes",
+        r"\btask\.(?:writes|first_segment)\(\)|\bblock\.leads\(\)|\bteam\.rank == 0|\brank % kWarp == 0",
+        "true",
+    ),
+    ("every thread writes", r"\bwarp\.rank != 0", "false"),
+    ("every segment writes", r"\btask\.holds\([^()]*\)", "true"),
     ("guard always true", rf"\bif \(({INNER})\)", "if (true)"),
     ("guard always false", rf"\bif \(({INNER})\)", "if (false)"),
     ("first choice always", r"(?<=[=(] )(\w[^=?(){};,]*) \? |(?<=\()(\w[^=?(){};,]*) \? ", "true ? "),
     ("boundary one up", r"(?<=[\w)]) < (?=[\w(])", " <= "),
     ("boundary one down", r"(?<=[\w)]) >= (?=\w)", " > "),
-    ("rescaling removed", r"(?<=\) )[\w\[\]]+ \*= [^;]+?(?=[;,]\s)|\b[\w.]+ /= means[^;,]+(?=[;,])", "(void)0"),
-    ("rescaling removed", r"\b(?:sums|visit)\.raise\([^;]*\);", ";"),
-    ("factor removed", r" \* (?:factor_?|factor_p|factor_q|scale|gain)\b", ""),
-    ("stride dropped", r" \* (?:row\.)?(?:stride|gap)\b", ""),
-    ("stride shifted", r"(?<=\+= )step\b", "step + 1"),
-    ("rounding up dropped", r" \+ (?:R|kWarps|kThreads \* kSegment|segment) - 1\b", ""),
+    ("boundary one down", r"(?<=[\w)]) <= (?=\w)", " < "),
+    ("tail not cut", r"(\b\w+ \+ \w+) < [\w.]+ \? \1 : [\w.]+(?: - 1)?", r"\1"),
+    ("tail not cut", r"\breal \? at : end - 1", "at"),
+    ("tail not cut", r"\bif \(piece\.at\(k\) < size\) ", ""),
+    ("rescaling removed", r"(?<![\w.])[\w\[\]]+ \*= [^;]+?(?=[;,]\s)|\b[\w.]+ /= means[^;,]+(?=[;,])", "(void)0"),
+    ("rescaling removed", r"\b\w+(?:\.[pq])?\.raise\([^;]*\);", ";"),
+    ("factor removed", r" \* (?:factor_?|factor_p|factor_q|scale|gain)\b| \* \(1 \+ [de]\)", ""),
+    ("factor removed", rf" \* (?:std::exp2?|static_cast<double>)\({INNER}\)", ""),
+    ("stride dropped", r" \* (?:(?:\w+[._])*(?:stride|gap|size|kWarps?|segments_?|rows_)|\w+\.k)\b", ""),
+    ("stride dropped", r"\b\w+::kSize \* ", ""),
+    ("stride shifted", r"(?<=\+= )(step|kStep|team\.size|kThreads)\b", r"\1 + 1"),
+    ("rounding up dropped", r" \+ (?:R|kWarps|kThreads|kThreads \* kSegment|kRows|kStep|segment) - 1\b", ""),
     ("lead forgotten", r" - lead\b|\bpieces\.lead \+ ", ""),
     ("shuffle begins half-way", r"= kWarp / 2;", "= kWarp / 4;"),
     ("shuffle without half of the lanes", r"= 0xffffffffu;", "= 0x0000ffffu;"),
-    ("shared array one short", r"(?<=parts\[kWarps)\]", " - 1]"),
+    ("shared array one short", r"(?<=parts\[kWarps)\]|(?<=parts\[kThreads)\]", " - 1]"),
     ("first entry skipped", r"\bint (w|k|i) = 0;", r"int \1 = 1;"),
 )
 # Tried with --all only: many of these change nothing, and not all survivors have been explained yet.
@@ -89,16 +117,6 @@ THOROUGH = ("guard always", "first choice always", "boundary one up", "first ent
 BY_RULE = 5
 # Survivors that change nothing: (mutation, the line as it was, without spaces at its ends): why.
 EQUIVALENT: dict[tuple[str, str], str] = {
-    **dict.fromkeys(
-        (
-            (mutation, "__syncthreads();  // the next reduction writes parts again")
-            for mutation in ("barrier removed", "barrier of a warp only")
-        ),
-        "no kernel's consecutive reductions share an array, which belongs to type, count and operation: forward max 2, "
-        "sum 2, (max 2, sum 5) twice; backward sum 1, max 1, sum 2; other spaces max 1, sum 1, sum 2; double backward "
-        "sum 5, sum 2; entropy max 1, sum 3; labels max 1, sum 1 or 3; distributions max 2, max 1, sum 4, sum 5, "
-        "sum 3, sum 1. The barrier of the reduction between orders them.",
-    ),
     ("boundary one down", "if (row.packed && at >= 0 && at + R <= pieces.classes) {"): (
         "the run at 0 goes entry by entry, as every run that is not whole does: the same entries, one at a time."
     ),
@@ -124,20 +142,25 @@ class Mutant:
         return f"{self.mutation}, {self.file.name}:{self.line}: {self.before}"
 
     @property
+    def losses(self) -> list[str]:
+        """Whose tests it goes into."""
+        return [loss for loss in TESTS if self.file.parts[0] in (loss, "core")]
+
+    @property
     def explanation(self) -> str | None:
         return EQUIVALENT.get((self.mutation, self.before))
 
 
 def mutants() -> Iterator[Mutant]:
     for path in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")]):
-        if path.parent.name == "sinkhorn":  # Bench compiles and tests kl_div alone
-            continue
         text = path.read_text()
         code = re.sub(r"//[^\n]*|^#[^\n]*", lambda m: " " * len(m[0]), text, flags=re.M)  # same places, no comments
         for mutation, pattern, replacement in MUTATIONS:
             for m in re.finditer(pattern, code, re.M):
-                mutated = text[: m.start()] + m.expand(replacement) + text[m.end() :]
                 start = text.rfind("\n", 0, m.start()) + 1
+                if re.match(r"\s*(?:static_assert|TORCH_CHECK)", text[start:]):
+                    continue
+                mutated = text[: m.start()] + m.expand(replacement) + text[m.end() :]
                 before, after = (t[start : t.find("\n", m.start())].strip() for t in (text, mutated))
                 yield Mutant(
                     mutation, path.relative_to(CSRC), text.count("\n", 0, m.start()) + 1, before, after, mutated
@@ -151,15 +174,15 @@ class Bench:
     CHECKER = "-fsanitize=thread,bounds,alignment,shift,signed-integer-overflow"
     TOUCH = "_ZN4simt5touchEPKvmbS1_"  # how __ldg and __stwb tell the checker; the compiler's own calls need CHECKER
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, losses: list[str]) -> None:
+        self.folder, self.losses = folder, losses
         self.torch = nvcc.torch_folder()
         (folder / "silent.cpp").write_text(
             f'extern "C" void __wrap_{self.TOUCH}(const void*, unsigned long, bool, const void*) {{}}\n'
         )
         for name, source in (
             ("simt", EMULATOR / "simt.cpp"),
-            *((f"test_{loss}", nvcc.HERE / f"test_{loss}_cuda.cpp") for loss in LOSSES),
+            *((f"test_{loss}", nvcc.HERE / f"test_{loss}_cuda.cpp") for loss in losses),
             ("silent", folder / "silent.cpp"),
         ):
             self.compile(source, folder / f"{name}.o", CSRC, "-O2")
@@ -175,8 +198,10 @@ class Bench:
         command = ["c++", *self.COMMON, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
         return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
-    def verdicts(self, mutant: Mutant | None) -> list[str]:
-        """By its values, and with the rules."""
+    def verdicts(self, mutant: Mutant | None, rules_only: bool) -> list[str]:
+        """By its values (if asked for), and with the rules."""
+        if rules_only:
+            return ["-", self.verdict(mutant, True)]
         with ThreadPoolExecutor() as pool:
             return list(pool.map(lambda rules: self.verdict(mutant, rules), (False, True)))
 
@@ -188,7 +213,7 @@ class Bench:
         shutil.copytree(CSRC, csrc)
         if mutant is not None:
             (csrc / mutant.file).write_text(mutant.text)
-        losses = [loss for loss in LOSSES if mutant is None or mutant.file.parts[0] in (loss, "core")]
+        losses = self.losses if mutant is None else mutant.losses
         return next((v for loss in losses if (v := self.run(loss, folder, rules)) != "-"), "-")
 
     def run(self, loss: str, folder: Path, rules: bool) -> str:
@@ -211,7 +236,7 @@ class Bench:
             f"-L{self.torch / 'lib'}",
         ]
         subprocess.run([*link, "-lc10", f"-Wl,-rpath,{self.torch / 'lib'}"], check=True)
-        command = [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={FILTER}"]
+        command = [program, "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={':'.join(TESTS[loss])}"]
         run = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False, preexec_fn=limit_time
         )
@@ -249,6 +274,7 @@ def main() -> int:
     parser.add_argument("--only")
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--rules", action="store_true")
     options = parser.parse_args()
     chosen = [m for m in mutants() if options.all or not m.mutation.startswith(THOROUGH)]
     chosen = [m for m in chosen if options.only is None or re.search(options.only, str(m))]
@@ -261,28 +287,30 @@ def main() -> int:
     seen: Counter[str] = Counter()
     survivors, by_rule_alone = [], 0
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        bench = Bench(Path(folder))
-        unbroken = bench.verdicts(None)
+        bench = Bench(Path(folder), [loss for loss in TESTS if any(loss in m.losses for m in chosen)])
+        unbroken = bench.verdicts(None, options.rules)
         if unbroken != ["-", "-"]:
             print("the unbroken kernels fail:", unbroken)
             return 1
         print("| mutant | values alone | with the rules |\n|---|---|---|")
         for mutant in chosen:
-            values, ruled = bench.verdicts(mutant)
-            if values == "does not compile":
+            values, ruled = bench.verdicts(mutant, options.rules)
+            if "does not compile" in (values, ruled):
                 seen["do not compile"] += 1
                 continue
             if values == ruled == "-":
                 survivors.append(mutant)
-            by_rule_alone += values == "-" and ruled in ("race", "not initialised")
+            by_rule_alone += not options.rules and values == "-" and ruled in ("race", "not initialised")
             seen["caught" if ruled != "-" or values != "-" else "survived"] += 1
             note = f" ({mutant.explanation})" if values == ruled == "-" and mutant.explanation else ""
-            print(f"| {str(mutant).replace('|', '¦')} | {values} | {ruled}{note} |", flush=True)
+            print(
+                f"| {str(mutant).replace('|', '¦')} | {'' if options.rules else values} | {ruled}{note} |", flush=True
+            )
     unexplained = [m for m in survivors if m.explanation is None]
     print(f"\n{dict(seen)}; {by_rule_alone} by a rule while the values were right; {len(unexplained)} unexplained")
     for mutant in unexplained:
         print("SURVIVED", mutant)
-    too_few = options.only is None and options.sample is None and by_rule_alone < BY_RULE
+    too_few = options.only is None and options.sample is None and not options.rules and by_rule_alone < BY_RULE
     return bool(unexplained) or too_few
 
 

@@ -1,8 +1,10 @@
-// What the tests of the CUDA kernels of divergences between two distributions share: cases of two rows.
+// What the tests of the CUDA kernels of divergences between two distributions share: cases of two rows, and what is
+// expected of the kernels in each.
 #pragma once
 #include <ostream>
 #include <utility>
 
+#include "core/cuda_stream.h"
 #include "core/row_pair.h"
 #include "device_rows.h"
 
@@ -212,5 +214,139 @@ const Case kCases[] = {
     {.name = "mask_row_block", .rows = 2, .classes = 1300, .mask = Mask::Row},
     {.name = "mask_tail", .rows = 2, .classes = 3000, .kl = 0.1, .mask = Mask::Tail},
 };
+
+// -- Checks ----------------------------------------------------------------------------------------------------------
+
+struct Exact {
+  Real value = 0;
+  Real terms = 0;  // what the error of the value is relative to
+  std::vector<Real> grad_p, grad_q, d_p, d_q;
+  Real scale_p = 0, scale_q = 0;  // what the errors of grad_p, grad_q are relative to
+  Real dot = 0, dot_scale = 0;    // the derivative along (v_p, v_q), and what its error is relative to
+};
+
+// The kernels of a divergence.
+template <class PairRows>
+struct Kernels {
+  using Stream = td::cuda::Stream;
+  int stat_size;
+  int64_t (*workspace)(int64_t rows, int64_t classes);
+  void (*forward)(const td::RowPairForward<PairRows>&, int64_t rows, double* workspace, Stream);
+  void (*backward)(const td::RowPairBackward<PairRows>&, int64_t rows, double* workspace, Stream);
+  void (*double_backward)(const td::RowPairDoubleBackward<PairRows>&, int64_t rows, double* workspace, Stream);
+};
+
+// Runs all three kernels and compares all that they leave. exact(i): of a row.
+template <class PairRows, class F>
+void check_all(const Kernels<PairRows>& kernels, const Case& c, const Problem& in, const PairRows& rows,
+               const F& exact) {
+  const int64_t n = c.rows, v = c.classes;
+  const DType real = in.is_double() ? DType::Double : DType::Float;
+  const Real ulp = in.is_double() ? 0x1p-52L : 0x1p-23L, accuracy = in.is_double() ? 1e-11L : 2e-6L;
+  const Memory loss(real, n, "loss", false), stat(DType::Double, n * kernels.stat_size, "stat", false),
+      d_coefficient(DType::Double, n, "d_coefficient", false);
+  const Rows grad_p(in.p.type(), n, v, c.grad_p, "grad_p", false), grad_q(in.q.type(), n, v, c.grad_q, "grad_q", false),
+      alone_p(in.p.type(), n, v, c.grad_q, "grad_p alone", false),
+      alone_q(in.q.type(), n, v, {}, "grad_q alone", false), d_p(in.p.type(), n, v, {}, "d_p", false),
+      d_q(in.q.type(), n, v, c.grad_q, "d_q", false);
+  // Each in a workspace of its own: garbage.
+  const auto run = [&](auto kernel, const auto& call) {
+    const Memory workspace(DType::Double, kernels.workspace(n, v), "workspace", false);
+    kernel(call, n, workspace.data<double>(), nullptr);
+  };
+  run(kernels.forward,
+      td::RowPairForward<PairRows>{rows, in.weight.data<double>(), loss.data(), in.is_double(), stat.data<double>()});
+  const auto backward = [&](const td::RowsOut& of_p, const td::RowsOut& of_q) {
+    run(kernels.backward,
+        td::RowPairBackward<PairRows>{rows, in.coefficient.data<double>(), stat.data<double>(), of_p, of_q});
+  };
+  backward(grad_p.out(), grad_q.out());
+  backward(alone_p.out(), {});
+  backward({}, alone_q.out());
+  run(kernels.double_backward,
+      td::RowPairDoubleBackward<PairRows>{rows, in.v_p.in(), in.v_q.in(), in.coefficient.data<double>(),
+                                          stat.data<double>(), d_coefficient.data<double>(), d_p.out(), d_q.out()});
+  for (int64_t i = 0; i < n; ++i) {
+    const Real weight = in.weight.get(i), g = in.coefficient.get(i), size = std::fabs(g);
+    if (weight == 0) {
+      ASSERT_EQ(loss.get(i), 0);
+      for (int64_t j = 0; j < v; ++j)
+        for (const Rows* x : {&grad_p, &grad_q, &alone_p, &alone_q, &d_p, &d_q}) ASSERT_EQ(x->get(i, j), 0);
+      continue;
+    }
+    const Exact e = exact(i);
+    const Real allowed = in.logits() ? accuracy * e.terms : 8 * ulp * e.terms;
+    ASSERT_NO_FATAL_FAILURE(expect_close(loss.get(i), weight * e.value, weight * allowed, real, "loss", i, -1));
+    const Real of_p = size * accuracy * e.scale_p, of_q = size * accuracy * e.scale_q;
+    ASSERT_NO_FATAL_FAILURE(expect_rows(grad_p, i, e.grad_p, g, of_p, "grad_p"));
+    ASSERT_NO_FATAL_FAILURE(expect_rows(grad_q, i, e.grad_q, g, of_q, "grad_q"));
+    ASSERT_NO_FATAL_FAILURE(expect_rows(alone_p, i, e.grad_p, g, of_p, "grad_p alone"));
+    ASSERT_NO_FATAL_FAILURE(expect_rows(alone_q, i, e.grad_q, g, of_q, "grad_q alone"));
+    if (!std::isfinite(e.value)) continue;
+    ASSERT_NO_FATAL_FAILURE(expect_rows(d_p, i, e.d_p, g, size * accuracy * largest(e.d_p), "d_p"));
+    ASSERT_NO_FATAL_FAILURE(expect_rows(d_q, i, e.d_q, g, size * accuracy * largest(e.d_q), "d_q"));
+    ASSERT_NO_FATAL_FAILURE(
+        expect_close(d_coefficient.get(i), e.dot, accuracy * e.dot_scale, DType::Double, "d_coefficient", i, -1));
+  }
+}
+
+// One row of a matrix of more than 2^31 elements. exact(p, q): of it.
+template <class PairRows, class F>
+void expect_64_bit_offsets(const Kernels<PairRows>& kernels, const F& exact) {
+  const Huge p, q, grad;
+  for (int64_t j = 0; j < Huge::kClasses; ++j)
+    p.row()[j] = static_cast<float>(j % 11), q.row()[j] = static_cast<float>(j % 7);
+  const PairRows in{td::RowPair{p.in(), q.in(), td::kLogits, td::kLogits, Huge::kClasses, 1}};
+  std::vector<double> stat(static_cast<size_t>(Huge::kRows * kernels.stat_size)),
+      coefficient(static_cast<size_t>(Huge::kRows), 1);
+  std::vector<float> loss(static_cast<size_t>(Huge::kRows));
+  simt::options = {};
+  simt::options.first_block = Huge::kRows - 1;
+  kernels.forward({in, nullptr, loss.data(), false, stat.data()}, Huge::kRows, nullptr, nullptr);
+  kernels.backward({in, coefficient.data(), stat.data(), {}, grad.out()}, Huge::kRows, nullptr, nullptr);
+  const Exact e = exact(p.values(), q.values());
+  EXPECT_NEAR(loss.back(), static_cast<double>(e.value), 2e-6 * static_cast<double>(e.value));
+  for (int64_t j = 0; j < Huge::kClasses; ++j)
+    ASSERT_NEAR(grad.row()[j], static_cast<double>(e.grad_q[static_cast<size_t>(j)]),
+                2e-6 * static_cast<double>(e.scale_q));
+}
+
+// A weight that is none makes its row NaN, and no other.
+template <class PairRows>
+void expect_nan_of_bad_weights(const Kernels<PairRows>& kernels) {
+  const Case c{.name = "weights", .rows = 5, .classes = 30};
+  Problem problem(c, kTypes[0], td::kLogits, td::kLogits);
+  const double bad[] = {1, -1, std::nan(""), std::numeric_limits<double>::infinity(), 0};
+  for (int64_t i = 0; i < c.rows; ++i) problem.weight.set(i, bad[i]);
+  simt::options = {};
+  std::vector<float> loss(5);
+  std::vector<double> stat(5 * static_cast<size_t>(kernels.stat_size));
+  kernels.forward({PairRows{problem.rows()}, problem.weight.data<double>(), loss.data(), false, stat.data()}, c.rows,
+                  nullptr, nullptr);
+  EXPECT_GT(loss[0], 0);
+  for (const size_t i : {1, 2, 3}) EXPECT_TRUE(std::isnan(loss[i]));
+  EXPECT_EQ(loss[4], 0);
+}
+
+// Twice the same bits, in whatever order the threads and blocks run.
+template <class PairRows>
+void expect_same_bits(const Kernels<PairRows>& kernels, Types types) {
+  for (const int64_t classes : {700, 3000, 50000}) {
+    const Case c{.name = "bits", .rows = 3, .classes = classes, .kl = 0.1};
+    const Problem problem(c, types, td::kLogits, td::kLogits);
+    std::vector<std::vector<double>> stats;
+    for (const simt::Schedule& t : simt::schedules) {
+      simt::options = {};
+      simt::options.order = t.order, simt::options.seed = t.seed;
+      std::vector<float> loss(3);
+      std::vector<double> stat(3 * static_cast<size_t>(kernels.stat_size)),
+          workspace(static_cast<size_t>(kernels.workspace(c.rows, classes)));
+      kernels.forward({PairRows{problem.rows()}, nullptr, loss.data(), false, stat.data()}, c.rows, workspace.data(),
+                      nullptr);
+      stats.push_back(stat);
+    }
+    for (const auto& stat : stats) EXPECT_EQ(stat, stats[0]);
+  }
+}
 
 }  // namespace

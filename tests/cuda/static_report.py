@@ -1,12 +1,12 @@
 """Judges the compiled CUDA kernels without a GPU: `static_report.py [--write]`.
 
-For every kernel: registers, stack, shared memory, occupancy and 128-bit accesses, from its machine code. For the calls
-of CALLS, which the PTX interpreter runs: bytes of global memory, special functions and instructions per element of
-the two inputs; and the least time an element takes by data-sheet rates. All of it is computed, none measured.
+For every kernel of every .cu: registers, stack, shared memory, occupancy and 128-bit accesses, from its machine code.
+For the calls of CALLS, which the PTX interpreter runs: bytes of global memory, special functions and instructions per
+class; and the least time that takes by data-sheet rates. All of it is computed, none measured.
 
-Exits with 1 where a kernel has a stack or spills, a call breaks its budget, or the kernel of a call has narrow accesses
-or double arithmetic where it should not. --write puts the tables into docs/cuda.md. Needs nvcc, and cuobjdump and
-nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+Exits with 1 where a kernel has a stack or spills, a row-wise kernel has no 128-bit loads, or one in float arithmetic in
+double in its loops, or a call breaks its budget. --write puts the tables into docs/cuda.md. Needs nvcc, and cuobjdump
+and nvdisasm (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 import argparse
@@ -14,8 +14,8 @@ import ctypes
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nvcc
@@ -45,69 +45,81 @@ THREADS, BLOCKS, REGISTERS = 2048, 32, 65536  # of a multiprocessor, either GPU
 LANES, SPECIAL_LANES = 128, 16  # results a cycle: ordinary instructions, special functions
 REACHABLE = 0.92  # of the data sheet's bandwidth
 BLOCK = 256
+ARCHITECTURE = "sm_80"  # of the PTX that the calls are counted in; sm_90's differs in conversions of half types
 
 
 @dataclass(frozen=True)
 class Call:
     """A call of profile_<loss>.cpp and what it may cost."""
 
-    loss: str
+    profile: str
     name: str
-    kernel: str
-    half: bool
-    near: bool
-    backward: bool
-    wrt: tuple[bool, bool]
-    entries: int  # read or written per element at least: 2 for a value, 3 or 4 for gradients
-    visits: int = 1  # of both inputs, if more than one is owned up to
+    entries: int  # read or written a class at least: a value's operands, and its gradients
+    again: int = 0  # and read once more: owned up to
     special: float = 2
+    half: bool = False
+    near: bool = False
+    backward: bool = False
+    wrt: tuple[bool, bool] = (False, False)
+
+    @property
+    def size(self) -> int:
+        return 2 if self.half else 4
 
     @property
     def bytes_allowed(self) -> float:
-        return 1.05 * (2 if self.half else 4) * (self.entries + 2 * (self.visits - 1))
+        return 1.05 * self.size * (self.entries + self.again)
 
     @property
-    def least_bytes(self) -> int:
-        return (2 if self.half else 4) * self.entries
+    def title(self) -> str:
+        return f"{self.name}, {'bfloat16' if self.half else 'float32'}"
 
 
-def call(loss: str, half: bool, near: bool, wrt: tuple[bool, bool] = (False, False), **budget: float) -> Call:
-    kernel = f"{'backward' if any(wrt) else 'forward'}_logits<{'c10::BFloat16' if half else 'float'},"
+def pair(loss: str, near: bool, wrt: tuple[bool, bool] = (False, False), **budget: float) -> Call:
     what = {(False, False): "forward", (False, True): "gradient of Q", (True, True): "both gradients"}[wrt]
-    name = f"{loss}: {what}, {'near' if near else 'far'}, {'bfloat16' if half else 'float32'}"
-    return Call(loss, name, kernel, half, near, any(wrt), wrt, 2 + sum(wrt), **budget)
+    name = f"{loss}: {what}, {'near' if near else 'far'}"
+    return Call(loss, name, 2 + sum(wrt), near=near, backward=any(wrt), wrt=wrt, **budget)
 
 
-LOSSES = ("kl_div", "js_div")
 Q, BOTH = (False, True), (True, True)
-
-
-def calls(loss: str) -> list[Call]:
-    result = []
-    for half in (False, True):
-        if loss == "kl_div":
-            result += [
-                call(loss, half, near=False),
-                call(loss, half, near=True),
-                call(loss, half, near=False, wrt=Q),
-                call(loss, half, near=True, wrt=Q),
-                call(loss, half, near=True, wrt=BOTH),
-                # The error of the mean comes from a second look at the row, before anything is written.
-                call(loss, half, near=False, wrt=BOTH, visits=2, special=4),
-            ]
-        else:
-            result += [
-                # Both logsumexp, then the terms, which need them: of p, q, e^l and, where l > 0, e^-l.
-                call(loss, half, near=False, visits=2, special=6),
-                # The error of d, with p, q and expm1, and the terms again.
-                call(loss, half, near=True, visits=4, special=13),
-                call(loss, half, near=False, wrt=Q, special=4),
-                call(loss, half, near=True, wrt=Q, special=4),
-                call(loss, half, near=True, wrt=BOTH, special=4),
-                call(loss, half, near=False, wrt=BOTH, special=4),
-            ]
-    return result
-
+# An exponential a piece of 8 classes, to rescale a sum: the largest entry so far of one of a warp's lanes or another.
+ONLINE = 1 / 8
+# Of float32; each is run for bfloat16 too.
+CALLS = {
+    "kl_div": (
+        pair("kl_div", near=False),
+        pair("kl_div", near=True),
+        pair("kl_div", near=False, wrt=Q),
+        pair("kl_div", near=True, wrt=Q),
+        pair("kl_div", near=True, wrt=BOTH),
+        # The error of the mean comes from a second look at the row, before anything is written.
+        pair("kl_div", near=False, wrt=BOTH, again=2, special=4),
+    ),
+    "js_div": (
+        # Both logsumexp, then the terms, which need them: of p, q, e^l and, where l > 0, e^-l.
+        pair("js_div", near=False, again=2, special=6),
+        # The error of d, with p, q and expm1, and the terms again.
+        pair("js_div", near=True, again=6, special=13),
+        pair("js_div", near=False, wrt=Q, special=4),
+        pair("js_div", near=False, wrt=BOTH, special=4),
+    ),
+    "cross_entropy": (
+        # H(P), then KL(P || Q), which reads P again.
+        pair("cross_entropy", near=False, again=1, special=3 + ONLINE),
+        pair("cross_entropy", near=False, wrt=Q),
+        Call("cross_entropy_labels", "cross_entropy: labels, forward", 1, special=1 + ONLINE),
+        Call("cross_entropy_labels", "cross_entropy: labels, gradient", 2, special=1, backward=True),
+    ),
+    "entropy": (
+        Call("entropy", "entropy: forward", 1, special=1 + ONLINE),
+        Call("entropy", "entropy: gradient", 2, special=1, backward=True),
+    ),
+}
+LOSSES = tuple(sorted(path.stem.removesuffix("_cuda") for path in (nvcc.ROOT / "csrc").rglob("*_cuda.cu")))
+# Not row by row in pieces of 16 bytes: points of clouds, sorted lines.
+WITHOUT_PIECES = ("sinkhorn", "wasserstein_1d")
+# Kernels that compute in double whatever the type: see their files.
+IN_DOUBLE = re.compile(r"\bdouble\b|_any<|_free<|double_backward|labels<AnyFloat, true>|kl_div_topk: forward")
 
 # PTX that costs no issue slot: ptxas renames registers and folds addresses.
 FREE = ("mov", "cvta", "ld.param")
@@ -121,11 +133,11 @@ def occupancy(registers: int, shared: int, architecture: str) -> float:
 
 
 def profile(call: Call, library: ctypes.CDLL, module: ptxsim.Module) -> tuple[float, float, float, float]:
-    """Bytes moved and asked for, special functions and instructions per element."""
+    """Bytes moved and asked for, special functions and instructions per class."""
     machine = ptxsim.Machine(module)
     machine.count = True
     device = Device(library, machine)
-    profiled = library[f"profile_{call.loss}"]
+    profiled = library[f"profile_{call.profile}"]
     profiled.argtypes, profiled.restype = [ctypes.c_bool] * 5, ctypes.c_int64
     classes = profiled(call.half, call.near, call.backward, *call.wrt)
     assert device.launches == 1
@@ -140,56 +152,75 @@ def profile(call: Call, library: ctypes.CDLL, module: ptxsim.Module) -> tuple[fl
 
 @dataclass
 class Report:
-    """Of one architecture: the two tables' lines, and what breaks a rule."""
+    """Lines of a table, and what breaks a rule."""
 
-    calls: list[str] = field(default_factory=list)
-    kernels: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
 
-def report(architecture: str, loss: str, tests: nvcc.Tests) -> Report:
-    gpu, result = GPUS[architecture], Report()
-    short = gpu.name.split()[0]
-    for kernel in sass.disassemble(tests.library.parent / f"{loss}_cuda.o", architecture):
-        name = re.sub(r"torch_divergence::|\(anonymous namespace\)::|cuda::|c10::|^void |\(.*", "", kernel.name)
-        name = f"{loss}: {name}"
-        counts = sass.count([text for _, _, text in kernel.code])
-        if kernel.stack or counts["local"]:
-            result.bad.append(
-                f"{architecture} {name}: a stack of {kernel.stack} bytes, {counts['local']} accesses to it"
+def judge_kernels(loss: str) -> Report:
+    """The machine code of one .cu."""
+    result = Report()
+    compiled = nvcc.compile_kernels(nvcc.ROOT / "csrc" / loss / f"{loss}_cuda.cu")
+    columns: dict[str, list[tuple[str, ...]]] = {}
+    for architecture in GPUS:
+        for kernel in sass.disassemble(compiled.object, architecture):
+            name = re.sub(r"torch_divergence::|\(anonymous namespace\)::|cuda::|c10::|^void |\(.*", "", kernel.name)
+            name = f"{loss}: {name}"
+            counts = sass.count([text for _, _, text in kernel.code])
+            if kernel.stack or counts["local"]:
+                result.bad.append(
+                    f"{architecture} {name}: a stack of {kernel.stack} bytes, {counts['local']} accesses to it"
+                )
+            if not counts["wide load"] and loss not in WITHOUT_PIECES:
+                result.bad.append(f"{architecture} {name}: no 128-bit loads")
+            turns = [sass.count(kernel.turn(loop)) for loop in kernel.hot_loops()]
+            if not IN_DOUBLE.search(name) and any(t["double"] > 2 for t in turns):
+                result.bad.append(f"{architecture} {name}: arithmetic in double in a hot loop")
+            columns.setdefault(name, []).append(
+                (
+                    str(kernel.registers),
+                    str(kernel.stack),
+                    str(kernel.shared),
+                    f"{occupancy(kernel.registers, kernel.shared, architecture):.0%}",
+                    f"{counts['wide load']}, {counts['wide store']}",
+                    f"{counts['narrow load']}, {counts['narrow store']}",
+                )
             )
-        if not counts["wide load"]:
-            result.bad.append(f"{architecture} {name}: no 128-bit loads")
-        turns = [sass.count(kernel.turn(loop)) for loop in kernel.hot_loops()]
-        by_design = re.search("double>|_any<|double_backward", name)  # see the kernels' files
-        if not by_design and any(t["double"] > 2 for t in turns):
-            result.bad.append(f"{architecture} {name}: arithmetic in double in a hot loop")
-        used = occupancy(kernel.registers, kernel.shared, architecture)
-        result.kernels.append(
-            f"| {name} | {short} | {kernel.registers} | {kernel.stack} | {kernel.shared} | {used:.0%} "
-            f"| {counts['wide load']}, {counts['wide store']} | {counts['narrow load']}, {counts['narrow store']} |"
-        )
+    for name, of_gpus in columns.items():
+        cells = [" / ".join(dict.fromkeys(values)) for values in zip(*of_gpus, strict=True)]
+        result.lines.append(f"| {name} | {' | '.join(cells)} |")
+    return result
+
+
+def judge_calls(loss: str) -> Report:
+    """What the interpreter counts in the calls of a loss, in the PTX of ARCHITECTURE."""
+    result, tests = Report(), nvcc.link_tests(loss)
     library = ctypes.CDLL(str(tests.library))
-    module = ptxsim.Module(tests.ptx[architecture].read_text())
-    for call in calls(loss):
+    module = ptxsim.Module(tests.ptx[ARCHITECTURE].read_text())
+    for call in (replace(call, half=half) for half in (False, True) for call in CALLS[loss]):
         traffic, asked, special, instructions = profile(call, library, module)
         if traffic > call.bytes_allowed:
-            result.bad.append(
-                f"{architecture} {call.name}: {traffic:.2f} bytes an element, {call.bytes_allowed:.2f} allowed"
-            )
+            result.bad.append(f"{call.title}: {traffic:.2f} bytes a class, {call.bytes_allowed:.2f} allowed")
         if special > 1.05 * call.special:
-            result.bad.append(f"{architecture} {call.name}: {special:.2f} special functions an element, {call.special}")
-        cycles = gpu.processors * gpu.clock
-        times = {
-            "issue": instructions / (LANES * cycles),
-            "special": special / (SPECIAL_LANES * cycles),
-            "memory": traffic / (REACHABLE * gpu.bandwidth),
-        }
-        bound = max(times, key=lambda t: times[t])
-        result.calls.append(
-            f"| {call.name} | {short} | {traffic:.2f} | {asked:.2f} | {call.least_bytes} | {special:.2f} "
-            f"| {instructions:.1f} | {', '.join(f'{1e12 * t:.2f}' for t in times.values())} | {bound} |"
-        )
+            result.bad.append(f"{call.title}: {special:.2f} special functions a class, {call.special} allowed")
+        cells = [
+            f"{traffic:.2f}",
+            f"{asked:.2f}",
+            str(call.size * call.entries),
+            f"{special:.2f}",
+            f"{instructions:.1f}",
+        ]
+        for gpu in GPUS.values():
+            cycles = gpu.processors * gpu.clock
+            times = {
+                "issue": instructions / (LANES * cycles),
+                "special": special / (SPECIAL_LANES * cycles),
+                "memory": traffic / (REACHABLE * gpu.bandwidth),
+            }
+            bound = max(times, key=lambda t: times[t])
+            cells.append(f"{', '.join(f'{1e12 * t:.2f}' for t in times.values())}: {bound}")
+        result.lines.append(f"| {call.title} | {' | '.join(cells)} |")
     return result
 
 
@@ -202,18 +233,29 @@ def main() -> int:
         print(f"skipped: {', '.join(missing)} not found")
         return 0
     with ProcessPoolExecutor() as pool:
-        tests = dict(zip(LOSSES, pool.map(nvcc.link_tests, LOSSES), strict=True))
-        reports = list(pool.map(report, *zip(*((a, loss, tests[loss]) for loss in LOSSES for a in GPUS), strict=True)))
-    lines = [
-        "| call | GPU | bytes | asked | least | special | instructions | issue, special, memory: ps | bound |",
-        "|" + "---|" * 9,
-        *(line for r in reports for line in r.calls),
-        "",
-        "| kernel | GPU | registers | stack | shared | occupancy | 128-bit loads, stores | other |",
-        "|" + "---|" * 8,
-        *(line for r in reports for line in r.kernels),
+        kernels = [pool.submit(judge_kernels, loss) for loss in LOSSES]
+        wait(kernels)  # so that the calls find them compiled
+        calls = [pool.submit(judge_calls, loss) for loss in CALLS]
+        reports = [[future.result() for future in futures] for futures in (calls, kernels)]
+    names = [gpu.name.split()[0] for gpu in GPUS.values()]
+    head = (
+        [
+            "call",
+            "bytes",
+            "asked",
+            "least",
+            "special",
+            "instructions",
+            *(f"{n}: issue, special, memory, ps" for n in names),
+        ],
+        ["kernel", "registers", "stack", "shared", "occupancy", "128-bit loads, stores", "other"],
+    )
+    tables = [
+        [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(line for r in of_table for line in r.lines)]
+        for columns, of_table in zip(head, reports, strict=True)
     ]
-    bad = [violation for r in reports for violation in r.bad]
+    lines = [*tables[0], "", *tables[1]]
+    bad = [violation for of_table in reports for r in of_table for violation in r.bad]
     table = "\n".join(lines)
     print(table)
     if options.write:

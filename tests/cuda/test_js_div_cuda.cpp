@@ -8,14 +8,6 @@ namespace {
 
 // -- Reference -------------------------------------------------------------------------------------------------------
 
-struct Exact {
-  Real js = 0;
-  Real terms = 0;  // what the error of js is relative to
-  std::vector<Real> grad_p, grad_q, d_p, d_q;
-  Real scale_p = 0, scale_q = 0;  // what the errors of grad_p, grad_q are relative to
-  Real js_dot = 0, js_dot_scale = 0;
-};
-
 // One side: probabilities, log-probabilities, the ratio to m less that of the likeliest class if from logits.
 struct ExactSide {
   int space;
@@ -98,9 +90,9 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
         power = std::pow(growth, static_cast<Real>(k));
         series += (k % 2 != 0 ? -1 : 1) * (b - std::pow(b, static_cast<Real>(k))) / (k * (k - 1)) * power;
       }
-      e.js += unit * y * series;
+      e.value += unit * y * series;
     } else {
-      e.js += unit * (b * p.times(j, sigma) + (1 - b) * q.times(j, rho));
+      e.value += unit * (b * p.times(j, sigma) + (1 - b) * q.times(j, rho));
     }
     const auto size = [&](Real given, Real log, int space) {
       return std::isinf(log)        ? 0
@@ -121,7 +113,7 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
     p.ratio_dot.push_back((1 - b) * (y * p.log_dot[j] - q.dot[j]) * inv_m);
     q.ratio_dot.push_back(b * (x * q.log_dot[j] - p.dot[j]) * inv_m);
   }
-  if (logits) e.terms = e.js;
+  if (logits) e.terms = e.value;
   p.derive(temperature, e.grad_p, e.d_p), q.derive(temperature, e.grad_q, e.d_q);
   // What the errors of a side's entries are relative to: terms that need not cancel but from logits.
   const auto scale = [&](const ExactSide& side, const std::vector<Real>& gradient) {
@@ -136,7 +128,7 @@ Exact exact(const std::vector<Real>& t, const std::vector<Real>& s, const std::v
                                                      : side.weight * side.prob[j] * size;
       most = std::max(most, entry);
       if (side.v[j] == 0) continue;
-      e.js_dot += side.v[j] * gradient[j], e.js_dot_scale += std::fabs(side.v[j]) * entry;
+      e.dot += side.v[j] * gradient[j], e.dot_scale += std::fabs(side.v[j]) * entry;
     }
     return most;
   };
@@ -151,61 +143,15 @@ struct Options {
   bool scaled;
 };
 
-// Runs all three kernels and compares all that they leave.
-void check_all(const Case& c, const Problem& in, const Options& options) {
-  const int64_t n = c.rows, v = c.classes;
-  const DType real = in.is_double() ? DType::Double : DType::Float;
-  const Real ulp = in.is_double() ? 0x1p-52L : 0x1p-23L, accuracy = in.is_double() ? 1e-11L : 2e-6L;
+const Kernels<td::JsDivRows> kKernels = {td::JsDivStat::kSize, td::cuda::js_div_workspace, td::cuda::js_div_forward,
+                                         td::cuda::js_div_backward, td::cuda::js_div_double_backward};
+
+void check(const Case& c, const Problem& in, const Options& options) {
   const td::JsDivRows rows{in.rows(), options.beta, options.scaled};
-  Memory loss(real, n, "loss", false), stat(DType::Double, n * td::JsDivStat::kSize, "stat", false),
-      d_coefficient(DType::Double, n, "d_coefficient", false);
-  const auto workspace = [&] { return Memory(DType::Double, td::cuda::js_div_workspace(n, v), "workspace", false); };
-  {
-    const Memory space = workspace();
-    td::cuda::js_div_forward({rows, in.weight.data<double>(), loss.data(), in.is_double(), stat.data<double>()}, n,
-                             space.data<double>(), nullptr);
-  }
-  const Rows grad_p(in.p.type(), n, v, c.grad_p, "grad_p", false), grad_q(in.q.type(), n, v, c.grad_q, "grad_q", false),
-      alone_p(in.p.type(), n, v, c.grad_q, "grad_p alone", false),
-      alone_q(in.q.type(), n, v, {}, "grad_q alone", false), d_p(in.p.type(), n, v, {}, "d_p", false),
-      d_q(in.q.type(), n, v, c.grad_q, "d_q", false);
-  const auto backward = [&](const td::RowsOut& of_p, const td::RowsOut& of_q) {
-    const Memory space = workspace();
-    td::cuda::js_div_backward({rows, in.coefficient.data<double>(), stat.data<double>(), of_p, of_q}, n,
-                              space.data<double>(), nullptr);
-  };
-  backward(grad_p.out(), grad_q.out());
-  backward(alone_p.out(), {});
-  backward({}, alone_q.out());
-  {
-    const Memory space = workspace();
-    td::cuda::js_div_double_backward({rows, in.v_p.in(), in.v_q.in(), in.coefficient.data<double>(),
-                                      stat.data<double>(), d_coefficient.data<double>(), d_p.out(), d_q.out()},
-                                     n, space.data<double>(), nullptr);
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const Real weight = in.weight.get(i), g = in.coefficient.get(i), size = std::fabs(g);
-    if (weight == 0) {
-      ASSERT_EQ(loss.get(i), 0);
-      for (int64_t j = 0; j < v; ++j)
-        for (const Rows* x : {&grad_p, &grad_q, &alone_p, &alone_q, &d_p, &d_q}) ASSERT_EQ(x->get(i, j), 0);
-      continue;
-    }
-    const Exact e = exact(in.p.row(i), in.q.row(i), in.v_p.row(i), in.v_q.row(i), rows.p_space, rows.q_space,
-                          rows.temperature, options.beta, options.scaled);
-    const Real allowed = in.logits() ? accuracy * e.terms : 8 * ulp * e.terms;
-    ASSERT_NO_FATAL_FAILURE(expect_close(loss.get(i), weight * e.js, weight * allowed, real, "loss", i, -1));
-    if (std::isnan(e.js)) continue;
-    const Real of_p = size * accuracy * e.scale_p, of_q = size * accuracy * e.scale_q;
-    ASSERT_NO_FATAL_FAILURE(expect_rows(grad_p, i, e.grad_p, g, of_p, "grad_p"));
-    ASSERT_NO_FATAL_FAILURE(expect_rows(grad_q, i, e.grad_q, g, of_q, "grad_q"));
-    ASSERT_NO_FATAL_FAILURE(expect_rows(alone_p, i, e.grad_p, g, of_p, "grad_p alone"));
-    ASSERT_NO_FATAL_FAILURE(expect_rows(alone_q, i, e.grad_q, g, of_q, "grad_q alone"));
-    ASSERT_NO_FATAL_FAILURE(expect_rows(d_p, i, e.d_p, g, size * accuracy * largest(e.d_p), "d_p"));
-    ASSERT_NO_FATAL_FAILURE(expect_rows(d_q, i, e.d_q, g, size * accuracy * largest(e.d_q), "d_q"));
-    ASSERT_NO_FATAL_FAILURE(
-        expect_close(d_coefficient.get(i), e.js_dot, accuracy * e.js_dot_scale, DType::Double, "d_coefficient", i, -1));
-  }
+  check_all(kKernels, c, in, rows, [&](int64_t i) {
+    return exact(in.p.row(i), in.q.row(i), in.v_p.row(i), in.v_q.row(i), rows.p_space, rows.q_space, rows.temperature,
+                 options.beta, options.scaled);
+  });
 }
 
 // Of the betas, in turn.
@@ -218,15 +164,14 @@ class JsDivCuda : public testing::TestWithParam<Case> {};
 
 TEST_P(JsDivCuda, Logits) {
   const Case& c = GetParam();
-  for_logits(c, [&](const Problem& in) {
-    run_orders(c.rows * c.classes < 8000, [&] { check_all(c, in, options_of(c, in)); });
-  });
+  for_logits(
+      c, [&](const Problem& in) { run_orders(c.rows * c.classes < 8000, [&] { check(c, in, options_of(c, in)); }); });
 }
 
 TEST_P(JsDivCuda, OtherSpaces) {
   const Case& c = GetParam();
   if (c.classes > 50000) GTEST_SKIP() << "most of a minute in double: rows of several segments are the cases split*";
-  for_other_spaces(c, [&](const Problem& in) { run_orders(false, [&] { check_all(c, in, options_of(c, in)); }); });
+  for_other_spaces(c, [&](const Problem& in) { run_orders(false, [&] { check(c, in, options_of(c, in)); }); });
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, JsDivCuda, testing::ValuesIn(kCases), case_name);
@@ -239,7 +184,7 @@ TEST(JsDivCudaBeta, EveryBeta) {
     for (const double beta : {0.5, 0.01, 1e-5, 1e-9, 1e-100})
       for (const Types types : {kTypes[0], kTypes[1]}) {
         SCOPED_TRACE(std::string(c.name) + ", beta " + std::to_string(beta));
-        run_orders(false, [&] { check_all(c, {c, types, td::kLogits, td::kLogits}, {beta, true}); });
+        run_orders(false, [&] { check(c, {c, types, td::kLogits, td::kLogits}, {beta, true}); });
       }
 }
 
@@ -264,61 +209,15 @@ TEST(JsDivCudaSupports, Disjoint) {
   }
 }
 
-// One row of a matrix of more than 2^31 elements, in memory that is reserved and touched nowhere else.
 TEST(JsDivCudaHuge, OffsetsBeyond32Bits) {
-  const Huge p, q, grad;
-  for (int64_t j = 0; j < Huge::kClasses; ++j)
-    p.row()[j] = static_cast<float>(j % 11), q.row()[j] = static_cast<float>(j % 7);
-  const td::JsDivRows in{{p.in(), q.in(), td::kLogits, td::kLogits, Huge::kClasses, 1}, 0.5, false};
-  std::vector<double> stat(static_cast<size_t>(Huge::kRows * td::JsDivStat::kSize)),
-      coefficient(static_cast<size_t>(Huge::kRows), 1);
-  std::vector<float> loss(static_cast<size_t>(Huge::kRows));
-  simt::options = {};
-  simt::options.first_block = Huge::kRows - 1;
-  td::cuda::js_div_forward({in, nullptr, loss.data(), false, stat.data()}, Huge::kRows, nullptr, nullptr);
-  td::cuda::js_div_backward({in, coefficient.data(), stat.data(), {}, grad.out()}, Huge::kRows, nullptr, nullptr);
-  const std::vector<Real> t = p.values(), s = q.values();
-  const Exact e = exact(t, s, t, s, td::kLogits, td::kLogits, 1, 0.5L, false);
-  EXPECT_NEAR(loss.back(), static_cast<double>(e.js), 2e-6 * static_cast<double>(e.js));
-  for (int64_t j = 0; j < Huge::kClasses; ++j)
-    ASSERT_NEAR(grad.row()[j], static_cast<double>(e.grad_q[static_cast<size_t>(j)]),
-                2e-6 * static_cast<double>(e.scale_q));
+  expect_64_bit_offsets(kKernels, [](const std::vector<Real>& p, const std::vector<Real>& q) {
+    return exact(p, q, p, q, td::kLogits, td::kLogits, 1, 0.5L, false);
+  });
 }
 
-// A weight that is none makes its row NaN, and no other.
-TEST(JsDivCudaWeight, BadWeightsAreNan) {
-  const Case c{.name = "weights", .rows = 5, .classes = 30};
-  Problem problem(c, kTypes[0], td::kLogits, td::kLogits);
-  const double bad[] = {1, -1, std::nan(""), std::numeric_limits<double>::infinity(), 0};
-  for (int64_t i = 0; i < c.rows; ++i) problem.weight.set(i, bad[i]);
-  simt::options = {};
-  std::vector<float> loss(5);
-  std::vector<double> stat(5 * td::JsDivStat::kSize);
-  td::cuda::js_div_forward({{problem.rows()}, problem.weight.data<double>(), loss.data(), false, stat.data()}, c.rows,
-                           nullptr, nullptr);
-  EXPECT_GT(loss[0], 0);
-  for (const size_t i : {1, 2, 3}) EXPECT_TRUE(std::isnan(loss[i]));
-  EXPECT_EQ(loss[4], 0);
-}
+TEST(JsDivCudaWeight, BadWeightsAreNan) { expect_nan_of_bad_weights(kKernels); }
 
-// Twice the same bits, in whatever order the threads and blocks run.
-TEST(JsDivCudaDeterminism, SameBitsInAnyOrder) {
-  for (const int64_t classes : {700, 3000, 50000}) {
-    const Case c{.name = "bits", .rows = 3, .classes = classes, .kl = 0.1};
-    const Problem problem(c, kTypes[2], td::kLogits, td::kLogits);  // of a half type: maxima that are equal
-    std::vector<std::vector<double>> stats;
-    for (const simt::Schedule& t : simt::schedules) {
-      simt::options = {};
-      simt::options.order = t.order, simt::options.seed = t.seed;
-      std::vector<float> loss(3);
-      std::vector<double> stat(3 * td::JsDivStat::kSize),
-          workspace(static_cast<size_t>(td::cuda::js_div_workspace(c.rows, classes)));
-      td::cuda::js_div_forward({{problem.rows()}, nullptr, loss.data(), false, stat.data()}, c.rows, workspace.data(),
-                               nullptr);
-      stats.push_back(stat);
-    }
-    for (const auto& stat : stats) EXPECT_EQ(stat, stats[0]);
-  }
-}
+// Of a half type: maxima that are equal.
+TEST(JsDivCudaDeterminism, SameBitsInAnyOrder) { expect_same_bits(kKernels, kTypes[2]); }
 
 }  // namespace

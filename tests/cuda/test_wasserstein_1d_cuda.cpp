@@ -203,7 +203,11 @@ TEST(Wasserstein1dCudaAssertions, WeightsAndMasses) {
   simt::options = {};
   const Side u(c, DType::Double, c.n, c.a, false, 1), v(c, DType::Double, c.m, c.b, false, 2);
   std::vector<double> loss(3), sums(60);
-  u.sums->set(c.n - 1, 1.01);  // the mass of row 0
+  // The mass of row 0: at the tolerance itself, and above it.
+  u.sums->set(c.n - 1, 1.25), v.sums->set(c.m - 1, 1);
+  EXPECT_NO_THROW(
+      td::cuda::wasserstein_1d_forward({{u.rows(), v.rows(), 1, 0, 0.2}, loss.data()}, c.rows, nullptr, nullptr));
+  u.sums->set(c.n - 1, 1.01);
   EXPECT_THROW(
       td::cuda::wasserstein_1d_forward({{u.rows(), v.rows(), 1, 0, 1e-10}, loss.data()}, c.rows, nullptr, nullptr),
       std::runtime_error);
