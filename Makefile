@@ -30,7 +30,7 @@ CXX_FILES = $(shell find csrc tests examples benchmarks -name '*.h' -o -name '*.
 , := ,
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate mutants mutants-sample install-test docs compat compat-quick sanitize sanitize-quick bench format tidy clean
+.PHONY: help demo test build lint ctest pytest pytest-capabilities test-cuda mypy test-ptx static-gate static-gate-quick mutants mutants-sample install-test docs compat compat-quick sanitize sanitize-quick bench format tidy clean
 
 help:
 	@echo "make demo       train a student with knowledge distillation, in Python and in C++"
@@ -55,7 +55,7 @@ demo: build
 	@echo; echo "more (docs/examples.md), in Python and in C++: policy_optimization, vae, gan, wgan;"; \
 	echo "in Python: domain_alignment, gradient_flow, colour_transfer"
 
-test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate install-test docs
+test: lint ctest pytest pytest-capabilities test-cuda test-ptx static-gate-quick install-test docs
 	$(call say,all tests passed)
 
 # --- set-up and build -------------------------------------------------------------------------------------------------
@@ -150,9 +150,9 @@ test-ptx: $(STAMPS)/venv
 	$(call say,CUDA kernels as nvcc compiles them$(,) interpreted)
 	pytest -q tests/cuda/ptx
 
-static-gate: $(STAMPS)/venv
+static-gate static-gate-quick: $(STAMPS)/venv
 	$(call say,machine code of the CUDA kernels)
-	python tests/cuda/static_report.py
+	python tests/cuda/static_report.py $(if $(filter static-gate-quick,$@),--quick)
 
 mutants mutants-sample: $(STAMPS)/venv
 	$(call say,CUDA kernels with seeded bugs)
