@@ -348,14 +348,19 @@ INSTANTIATE_TEST_SUITE_P(Cases, KlDivTopkCuda, testing::ValuesIn(kCases),
                          [](const auto& test) { return std::string(test.param.name); });
 
 // What the CPU kernel refuses is an assertion of the device, but in a row of weight or coefficient 0.
-TEST(KlDivTopkCudaAssertions, RefusedRows) {
-  const Case c{.name = "refused", .rows = 3, .classes = 20, .k = 4};
-  for (const char* bad : {"class -1", "class 20", "class twice", "mass"})
+class KlDivTopkCudaAssertions : public testing::TestWithParam<int64_t> {};
+TEST_P(KlDivTopkCudaAssertions, RefusedRows) {
+  const Case c{.name = "refused", .rows = 3, .classes = GetParam(), .k = 4};
+  const auto workspace = [&] {
+    return std::make_unique<Memory>(DType::Double, td::cuda::kl_div_topk_workspace(c.rows, c.classes), "workspace",
+                                    false);
+  };
+  for (const char* bad : {"class -1", "class too large", "class twice", "mass"})
     for (const int64_t row : {0, 1}) {  // row 1 has weight 0
       Problem in(c, DType::Float, {});
       int64_t* const index = &in.indices[static_cast<size_t>(row * c.k)];
       if (bad == std::string("class -1")) index[0] = -1;
-      if (bad == std::string("class 20")) index[3] = 20;
+      if (bad == std::string("class too large")) index[3] = c.classes;
       if (bad == std::string("class twice")) index[2] = index[1];
       if (bad == std::string("mass")) in.log_probs.set(row * c.k, 0.1);
       simt::options = {};
@@ -373,16 +378,21 @@ TEST(KlDivTopkCudaAssertions, RefusedRows) {
                                           d_a.data(),
                                           nullptr};
       if (row == 0) {
-        EXPECT_THROW(td::cuda::kl_div_topk_forward(forward, c.rows, nullptr, nullptr), std::runtime_error) << bad;
-        EXPECT_THROW(td::cuda::kl_div_topk_double_backward(second, c.rows, nullptr, nullptr), std::runtime_error)
+        EXPECT_THROW(td::cuda::kl_div_topk_forward(forward, c.rows, workspace()->data<double>(), nullptr),
+                     std::runtime_error)
+            << bad;
+        EXPECT_THROW(td::cuda::kl_div_topk_double_backward(second, c.rows, workspace()->data<double>(), nullptr),
+                     std::runtime_error)
             << bad;
       } else {
-        td::cuda::kl_div_topk_forward(forward, c.rows, nullptr, nullptr);
-        td::cuda::kl_div_topk_double_backward(second, c.rows, nullptr, nullptr);
+        td::cuda::kl_div_topk_forward(forward, c.rows, workspace()->data<double>(), nullptr);
+        td::cuda::kl_div_topk_double_backward(second, c.rows, workspace()->data<double>(), nullptr);
         EXPECT_EQ(loss[1], 0);
         EXPECT_EQ(d_coefficient[1], 0);
       }
     }
 }
+INSTANTIATE_TEST_SUITE_P(Classes, KlDivTopkCudaAssertions, testing::Values(20, 20003),  // one segment, several
+                         [](const auto& test) { return std::to_string(test.param); });
 
 }  // namespace
