@@ -141,7 +141,7 @@ struct SmallSolve {
 };
 inline constexpr int64_t kSmallAtoms = 16;
 // Problems that the kernel solves side by side, at most: calls with fewer leave lanes empty.
-inline constexpr int64_t kSmallLanes = 8;
+inline constexpr int64_t kSmallLanes = 16;
 
 // -- On CUDA: batches of problems, whose atoms lie one after another, counted through the batch ----------------------
 

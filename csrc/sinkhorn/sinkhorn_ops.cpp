@@ -80,7 +80,7 @@ class Batch {
 
   template <class F>
   void for_each(const F& f) const {
-    for_each_of(size(), f);
+    for_each_of(size(), 1, f);
   }
   // f(begin, end): problems that one kernel solves side by side, or a single one.
   template <class F>
@@ -89,7 +89,8 @@ class Batch {
     for (int64_t s = 0; s < size(); ++s)
       if (begins.empty() || s == begins.back() + kSmallLanes || !is_small(s) || !is_small(s - 1)) begins.push_back(s);
     begins.push_back(size());
-    for_each_of(static_cast<int64_t>(begins.size()) - 1, [&](int64_t k) { f(begins[index(k)], begins[index(k + 1)]); });
+    for_each_of(static_cast<int64_t>(begins.size()) - 1, kSmallLanes,
+                [&](int64_t k) { f(begins[index(k)], begins[index(k + 1)]); });
   }
   bool is_small(int64_t s) const { return rows(s) <= kSmallAtoms && cols(s) <= kSmallAtoms; }
   SmallSolve small_solve(const Tensor& init, double tol, int64_t max_iter) const {
@@ -120,12 +121,13 @@ class Batch {
 
  private:
   static size_t index(int64_t s) { return static_cast<size_t>(s); }
+  // together: problems of one call, where they are small.
   template <class F>
-  void for_each_of(int64_t count, const F& f) const {
+  void for_each_of(int64_t count, int64_t together, const F& f) const {
     int64_t pairs = 1;
     for (int64_t s = 0; s < size(); ++s) pairs = std::max(pairs, rows(s) * cols(s));
-    const int64_t grain = pairs <= kSmall && !device_.has_value() ? std::max<int64_t>(1, kSmall / 64 / pairs)
-                                                                  : std::max<int64_t>(1, count);
+    const bool splits = pairs <= kSmall && !device_.has_value();
+    const int64_t grain = std::max<int64_t>(1, splits ? kSmall / 64 / pairs / together : count);
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) f(k);
     });

@@ -14,75 +14,94 @@ namespace {
 using namespace transport;
 using D = Vec<double>;
 
+// Two vectors: what the arithmetic on one waits for leaves time for the other. In float they are one.
+constexpr int kProblems = 2 * kLanes<double>;
+static_assert(kProblems <= kSmallLanes && kLanes<float> == kProblems);
+
 // Of some of the problems.
 struct Mask {
-  D bits;
+  D bits[2];
 
   TD_INLINE Mask() : Mask(false) {}
-  TD_INLINE Mask(bool all) : bits(all ? D(0.0) == D(0.0) : D(0.0)) {}
-  TD_INLINE explicit Mask(D bits_) : bits(bits_) {}
-  TD_INLINE friend Mask operator&(Mask a, Mask b) { return Mask(a.bits & b.bits); }
-  TD_INLINE friend Mask operator|(Mask a, Mask b) { return Mask(a.bits | b.bits); }
-  TD_INLINE friend Mask operator!(Mask a) { return Mask(a.bits ^ Mask(true).bits); }
-  TD_INLINE friend bool any(Mask a) { return CPU_CAPABILITY::any(a.bits); }
+  TD_INLINE Mask(bool all) : Mask(all ? D(0.0) == D(0.0) : D(0.0), all ? D(0.0) == D(0.0) : D(0.0)) {}
+  TD_INLINE Mask(D first, D second) : bits{first, second} {}
+  TD_INLINE friend Mask operator&(const Mask& a, const Mask& b) {
+    return {a.bits[0] & b.bits[0], a.bits[1] & b.bits[1]};
+  }
+  TD_INLINE friend Mask operator|(const Mask& a, const Mask& b) {
+    return {a.bits[0] | b.bits[0], a.bits[1] | b.bits[1]};
+  }
+  TD_INLINE friend Mask operator!(const Mask& a) {
+    const D ones = D(0.0) == D(0.0);
+    return {a.bits[0] ^ ones, a.bits[1] ^ ones};
+  }
+  TD_INLINE friend bool any(const Mask& a) { return CPU_CAPABILITY::any(a.bits[0] | a.bits[1]); }
 };
 
 // A number of each problem.
 struct Lanes {
-  D v;
+  D v[2];
 
-  TD_INLINE Lanes() : v(0.0) {}
-  TD_INLINE Lanes(double all) : v(all) {}
-  TD_INLINE explicit Lanes(D v_) : v(v_) {}
-  TD_INLINE static Lanes load(const double* from) { return Lanes(D::loadu(from)); }
+  TD_INLINE Lanes() : Lanes(0.0) {}
+  TD_INLINE Lanes(double all) : v{D(all), D(all)} {}
+  TD_INLINE Lanes(D first, D second) : v{first, second} {}
+  TD_INLINE static Lanes load(const double* from) { return {D::loadu(from), D::loadu(from + kLanes<double>)}; }
+  TD_INLINE void store(double* to) const {
+    v[0].store(to);
+    v[1].store(to + kLanes<double>);
+  }
 
-  TD_INLINE friend Lanes operator+(Lanes a, Lanes b) { return Lanes(a.v + b.v); }
-  TD_INLINE friend Lanes operator-(Lanes a, Lanes b) { return Lanes(a.v - b.v); }
-  TD_INLINE friend Lanes operator*(Lanes a, Lanes b) { return Lanes(a.v * b.v); }
-  TD_INLINE friend Lanes operator/(Lanes a, Lanes b) { return Lanes(a.v / b.v); }
-  TD_INLINE friend Lanes operator-(Lanes a) { return Lanes(a.v.neg()); }
-  TD_INLINE friend Mask operator<(Lanes a, Lanes b) { return Mask(a.v < b.v); }
-  TD_INLINE friend Mask operator>(Lanes a, Lanes b) { return Mask(a.v > b.v); }
-  TD_INLINE friend Mask operator<=(Lanes a, Lanes b) { return Mask(a.v <= b.v); }
-  TD_INLINE friend Mask operator==(Lanes a, Lanes b) { return Mask(a.v == b.v); }
-  TD_INLINE friend Lanes where(Mask condition, Lanes a, Lanes b) { return Lanes(select(condition.bits, a.v, b.v)); }
-  TD_INLINE friend Lanes abs(Lanes a) { return Lanes(a.v.abs()); }
-  TD_INLINE friend Lanes exp(Lanes a) { return Lanes(a.v.exp()); }
-  TD_INLINE friend Lanes log(Lanes a) { return Lanes(a.v.log()); }
-  TD_INLINE friend Lanes expm1(Lanes a) { return Lanes(a.v.expm1()); }
+  TD_INLINE friend Lanes operator+(const Lanes& a, const Lanes& b) { return {a.v[0] + b.v[0], a.v[1] + b.v[1]}; }
+  TD_INLINE friend Lanes operator-(const Lanes& a, const Lanes& b) { return {a.v[0] - b.v[0], a.v[1] - b.v[1]}; }
+  TD_INLINE friend Lanes operator*(const Lanes& a, const Lanes& b) { return {a.v[0] * b.v[0], a.v[1] * b.v[1]}; }
+  TD_INLINE friend Lanes operator/(const Lanes& a, const Lanes& b) { return {a.v[0] / b.v[0], a.v[1] / b.v[1]}; }
+  TD_INLINE friend Lanes operator-(const Lanes& a) { return {a.v[0].neg(), a.v[1].neg()}; }
+  TD_INLINE friend Mask operator<(const Lanes& a, const Lanes& b) { return {a.v[0] < b.v[0], a.v[1] < b.v[1]}; }
+  TD_INLINE friend Mask operator>(const Lanes& a, const Lanes& b) { return {a.v[0] > b.v[0], a.v[1] > b.v[1]}; }
+  TD_INLINE friend Mask operator<=(const Lanes& a, const Lanes& b) { return {a.v[0] <= b.v[0], a.v[1] <= b.v[1]}; }
+  TD_INLINE friend Mask operator==(const Lanes& a, const Lanes& b) { return {a.v[0] == b.v[0], a.v[1] == b.v[1]}; }
+  TD_INLINE friend Lanes where(const Mask& condition, const Lanes& a, const Lanes& b) {
+    return {select(condition.bits[0], a.v[0], b.v[0]), select(condition.bits[1], a.v[1], b.v[1])};
+  }
+  // A NaN may be lost here.
+  TD_INLINE friend Lanes max_of(const Lanes& a, const Lanes& b) {
+    return {CPU_CAPABILITY::max_of(a.v[0], b.v[0]), CPU_CAPABILITY::max_of(a.v[1], b.v[1])};
+  }
+  TD_INLINE friend Lanes abs(const Lanes& a) { return {a.v[0].abs(), a.v[1].abs()}; }
+  TD_INLINE friend Lanes sqrt(const Lanes& a) { return {a.v[0].sqrt(), a.v[1].sqrt()}; }
+  TD_INLINE friend Lanes exp(const Lanes& a) { return {a.v[0].exp(), a.v[1].exp()}; }
+  TD_INLINE friend Lanes expm1(const Lanes& a) { return {a.v[0].expm1(), a.v[1].expm1()}; }
+  TD_INLINE friend Lanes log(const Lanes& a) { return {a.v[0].log(), a.v[1].log()}; }
+  TD_INLINE friend Lanes log1p(const Lanes& a) { return {a.v[0].log1p(), a.v[1].log1p()}; }
+  TD_INLINE friend Lanes log2(const Lanes& a) { return {a.v[0].log2(), a.v[1].log2()}; }
 };
 
-// Two vectors side by side in float, and what such a pair adds up to.
-TD_INLINE Vec<float> narrowed(D a, D b) {
+TD_INLINE Vec<float> narrowed(const Lanes& a) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)), _mm512_cvtpd_ps(b), 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.v[0])), _mm512_cvtpd_ps(a.v[1]), 1);
 #elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a)), _mm256_cvtpd_ps(b), 1);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(a.v[0])), _mm256_cvtpd_ps(a.v[1]), 1);
 #else
-  double wide[kLanes<float>];
-  float lanes[kLanes<float>];
+  double wide[kProblems];
+  float lanes[kProblems];
   a.store(wide);
-  b.store(wide + kLanes<double>);
-  std::copy_n(wide, kLanes<float>, lanes);
+  for (int i = 0; i < kProblems; ++i) lanes[i] = static_cast<float>(wide[i]);
   return Vec<float>::loadu(lanes);
 #endif
 }
-TD_INLINE D sum_of_halves(Vec<float> v) {
+TD_INLINE Lanes widened(Vec<float> v) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtps_pd(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+  return {D(_mm512_cvtps_pd(_mm512_castps512_ps256(v))), D(_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)))};
 #elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  return {D(_mm256_cvtps_pd(_mm256_castps256_ps128(v))), D(_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)))};
 #else
-  float lanes[kLanes<float>];
-  double sums[kLanes<double>];
+  float lanes[kProblems];
+  double wide[kProblems];
   v.store(lanes);
-  for (int i = 0; i < kLanes<double>; ++i) sums[i] = lanes[i] + lanes[i + kLanes<double>];
-  return D::loadu(sums);
+  for (int i = 0; i < kProblems; ++i) wide[i] = static_cast<double>(lanes[i]);
+  return Lanes::load(wide);
 #endif
 }
-
-constexpr int kProblems = kLanes<double>;
-static_assert(kProblems <= kSmallLanes);
 
 // The problems that are solved side by side, padded to one size by atoms without weight.
 template <class A>
@@ -160,7 +179,7 @@ class Group {
   void write(A* to, const int64_t* start, int64_t n, const Lanes* from) const {
     for (int64_t l = 0; l < n; ++l) {
       double lanes[kProblems];
-      from[l].v.store(lanes);
+      from[l].store(lanes);
       for (int64_t k = 0; k < count_; ++k)
         if (start[first_ + k] + l < start[first_ + k + 1]) to[start[first_ + k] + l] = static_cast<A>(lanes[k]);
     }
@@ -168,7 +187,7 @@ class Group {
   template <class T>
   void write_one(T* to, Lanes v) const {
     double lanes[kProblems];
-    v.v.store(lanes);
+    v.store(lanes);
     for (int64_t k = 0; k < count_; ++k) to[first_ + k] = static_cast<T>(lanes[k]);
   }
 
@@ -176,7 +195,7 @@ class Group {
     const auto side = [&](const double* weight, const int64_t* start, int64_t n, Lanes* w, Lanes* log_w) {
       read(weight, start, n, [&](int64_t l, Lanes v) {
         w[l] = v;
-        log_w[l] = where(v > Lanes(0), Lanes(v.v.log2()), Lanes(kNoScore));
+        log_w[l] = where(v > Lanes(0), log2(v), Lanes(kNoScore));
       });
     };
     side(call_.a, call_.row_start, n_, a_, log_a_);
@@ -220,7 +239,7 @@ class Group {
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < m_; ++j) {
         Lanes& c = cost_[i * m_ + j];
-        if (call_.cost == kEuclidean) c = Lanes(c.v.sqrt());
+        if (call_.cost == kEuclidean) c = sqrt(c);
         if (call_.cost == kHalfSqEuclidean || call_.cost == kCosine) c = 0.5 * c;
         if (call_.cost == kCosine) c = c + (offset_x[i] + offset_y[j]);
       }
@@ -242,32 +261,38 @@ class Group {
     const Lanes* const log_weight = of_rows ? log_b_ : log_a_;
     const Lanes per_eps = kLog2e / eps, unit = -eps / kLog2e;
     const Mask flat = on & (eps > high_ - low_);
-    Lanes score[kSmallAtoms], z[kSmallAtoms + 1];
+    Lanes score[kSmallAtoms], top[kSmallAtoms], sum[kSmallAtoms];
     for (int64_t j = 0; j < m; ++j)
-      score[j] = where(log_weight[j] > Lanes(kNoScore), Lanes(log_weight[j] + potential[j] * per_eps), Lanes(kNoScore));
+      score[j] = where(log_weight[j] > Lanes(kNoScore), log_weight[j] + potential[j] * per_eps, Lanes(kNoScore));
     for (int64_t i = 0; i < n; ++i) {
       const Lanes* const cost = cost_ + i * row;
-      Lanes top = kNoScore;
+      Lanes z[kSmallAtoms];
+      top[i] = kNoScore;
       for (int64_t j = 0; j < m; ++j) {
         z[j] = score[j] - cost[j * col] * per_eps;
-        top = Lanes(max_of(z[j].v, top.v));
+        top[i] = max_of(z[j], top[i]);
       }
-      Lanes value = (top + Lanes(log2_of(sum_of_powers(z, m, top.v)))) * unit;
-      if (any(flat)) value = where(flat, flat_soft_min(of_rows, cost, col, eps, potential), value);
+      sum[i] = sum_of_powers(z, m, top[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      Lanes value = (top[i] + Lanes(log2_of(sum[i].v[0]), log2_of(sum[i].v[1]))) * unit;
+      if (any(flat)) value = where(flat, flat_soft_min(of_rows, cost_ + i * row, col, eps, potential), value);
       out[i] = where(on, value, out[i]);
     }
   }
-  // sum_j 2^(z_j - top) for j < m, in A; there is room for one more z.
-  static D sum_of_powers(Lanes* z, int64_t m, D top) {
+  // sum_j 2^(z_j - top) for j < m, in A
+  static Lanes sum_of_powers(const Lanes* z, int64_t m, const Lanes& top) {
     if constexpr (std::is_same_v<A, double>) {
-      D sum(0.0);
-      for (int64_t j = 0; j < m; ++j) sum = sum + exp2_of(z[j].v - top);
+      Lanes sum;
+      for (int64_t j = 0; j < m; ++j) {
+        const Lanes t = z[j] - top;
+        sum = sum + Lanes(exp2_of(t.v[0]), exp2_of(t.v[1]));
+      }
       return sum;
     } else {
       Vec<float> sum(0.f);
-      z[m] = kNoScore;
-      for (int64_t j = 0; j < m; j += 2) sum = sum + exp2_of(narrowed(z[j].v - top, z[j + 1].v - top));
-      return sum_of_halves(sum);
+      for (int64_t j = 0; j < m; ++j) sum = sum + exp2_of(narrowed(z[j] - top));
+      return widened(sum);
     }
   }
   // SoftMinFlat of a row.
@@ -277,14 +302,14 @@ class Group {
     Lanes best = kNoScore, sum = 0, mass = 0;
     for (int64_t j = 0; j < m; ++j) {
       const Lanes gain = where(weight[j] > Lanes(0), potential[j] - cost[j * col], Lanes(kNoScore));
-      best = Lanes(max_of(gain.v, best.v));
+      best = max_of(gain, best);
       mass = mass + weight[j];
     }
     for (int64_t j = 0; j < m; ++j) {
       const Lanes term = weight[j] * expm1((potential[j] - cost[j * col] - best) / eps);
       sum = sum + where(weight[j] > Lanes(0), term, Lanes(0));
     }
-    return -(best + eps * Lanes((sum / mass).v.log1p()) + eps * log(mass));
+    return -(best + eps * log1p(sum / mass) + eps * log(mass));
   }
 
   const SmallSolve& call_;
