@@ -1,14 +1,15 @@
-// Powers of 2, for soft minima and the sums behind them.
+// Powers of 2 and their logarithms, for soft minima.
 #pragma once
 #include <cmath>
+#include <iterator>
+#include <numbers>
 
 #include "core/vec_math.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 
 // 2^t = 2^(t - floor t) 2^floor(t), the first factor by a polynomial on [0, 1): minimax in the relative error (Remez),
-// 7e-8 in float and 3e-18 in double. t up to 1000 in double, 120 in float; anything down to kNoScore gives 0; NaN
-// stays.
+// 7e-8 in float and 3e-18 in double. t up to 1000 in double, 120 in float; down to -inf, which gives 0; NaN stays.
 template <class A>
 struct Exp2Polynomial;
 template <>
@@ -81,7 +82,6 @@ TD_INLINE Vec<double> exp2_of(Vec<double> t) {
 // [sqrt(1/2), sqrt(2)) and log m = 2 artanh((m - 1)/(m + 1)) by its series, cut off at 1e-17.
 TD_INLINE Vec<double> log2_of(Vec<double> u) {
   constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kExponent = -(int64_t{1} << 52);
-  constexpr double kLog2e = 1.4426950408889634;
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i bits = _mm512_castpd_si512(u);
   const __m512i above = _mm512_sub_epi64(bits, _mm512_set1_epi64(kSqrtHalf));
@@ -109,9 +109,9 @@ TD_INLINE Vec<double> log2_of(Vec<double> u) {
   const auto k = Vec<double>::loadu(whole), m = Vec<double>::loadu(mantissa);
 #endif
   const Vec<double> one(1.0), f = (m - one) / (m + one), s = f * f;
-  Vec<double> series(2 * kLog2e / 21);
+  Vec<double> series(2 * std::numbers::log2e / 21);
   unrolled<10>([&](auto n) __attribute__((always_inline)) {
-    series = fmadd(series, s, Vec<double>(2 * kLog2e / (19 - 2 * decltype(n)::value)));
+    series = fmadd(series, s, Vec<double>(2 * std::numbers::log2e / (19 - 2 * decltype(n)::value)));
   });
   const Vec<double> y = fmadd(f, series, k);
   const Vec<double> usual = (u >= Vec<double>(0.75)) & (u < Vec<double>(kInf<double>));

@@ -103,7 +103,7 @@ MUTATIONS = (
     ("factor removed", rf" \* (?:std::exp2?|static_cast<double>)\({INNER}\)", ""),
     ("stride dropped", r" \* (?:(?:\w+[._])*(?:stride|gap|size|kWarps?|segments_?|rows_)|\w+\.k)\b", ""),
     ("stride dropped", r"\b\w+::kSize \* ", ""),
-    ("stride shifted", r"(?<=\+= )(step|kStep|team\.size|kThreads)\b", r"\1 + 1"),
+    ("stride shifted", r"(?<=\+= )(step|kStep|team\.size|kThreads|kWarp)\b", r"\1 + 1"),
     ("rounding up dropped", r" \+ (?:R|kWarps|kThreads|kThreads \* kSegment|kRows|kStep|segment) - 1\b", ""),
     ("lead forgotten", r" - lead\b|\bpieces\.lead \+ ", ""),
     ("shuffle begins half-way", r"= kWarp / 2;", "= kWarp / 4;"),

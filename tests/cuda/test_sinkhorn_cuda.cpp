@@ -493,6 +493,9 @@ TEST(SinkhornCudaSweep, AveragesAtAnyPotentials) {
       std::vector<double> f(n, level), g(m), b(m, 1.0 / 64);
       for (int64_t j = 0; j < m; ++j) g[static_cast<size_t>(j)] = 0.0625 * static_cast<double>(j % 16);
       g[5] = 9000, b[5] = 0;  // far above all others, and without weight
+      // Far above the rest, and by 0.75 apart: both would be cut to one weight if the largest were not found. Float has
+      // no digits for that beside 400.
+      if (is_double) g[32] = 400, g[65] = 400.75;
       auto& arrays = d.arrays;
       PairSweep k{};
       k.pairs = {is_double, kEuclidean, n, 0, 3, d.pairs.x, d.pairs.y, n, m, nullptr, 1, 1};
