@@ -203,6 +203,26 @@ def test_small_masses_far_apart(dtype, direction):
 
 @directions
 @single_and_double
+@pytest.mark.parametrize("low", (-120.0, -INF), ids=("far", "masked"))
+@losses
+def test_small_mass_that_one_side_lacks(loss, low, dtype, direction):
+    """The sides agree but for a class of mass 1e-5 to 0.1 that one of them has nearly nothing of, or masks: KL may be large
+    or infinite, and q - p is small beside p in every class."""
+    generator = torch.Generator().manual_seed(5)
+    options = {"direction": direction} if "direction" in loss.choices else {}
+    for classes in (3, 11, 300, 5000):
+        teacher = torch.randn(24, classes, generator=generator, dtype=torch.float64)
+        student = teacher + torch.randint(-3, 4, (24, 1), generator=generator)
+        teacher[:, -1] = teacher.logsumexp(-1) + torch.linspace(-11, -2, 24, dtype=torch.float64)
+        teacher, student = ((t * 1024).round() / 1024 for t in (teacher, student))
+        student[:, -1] = low
+        if direction == "reverse":  # P is the student
+            teacher, student = student, teacher
+        check(loss, student.to(dtype).requires_grad_(), teacher.to(dtype).requires_grad_(), reduction="none", **options)
+
+
+@directions
+@single_and_double
 @pytest.mark.parametrize("scale", (1.0, 2.0, 4.0))
 def test_independent_logits(scale, dtype, direction):
     """A KL of tens, and P spread over a few classes whose log-ratios are near each other."""

@@ -120,6 +120,21 @@ TD_INLINE double max_of_row(const T* x, int64_t n) {
   return static_cast<double>(max_lane(max_of(max_of(m0, m1), max_of(m2, m3))));
 }
 
+// The first class whose entry is `max`, the row's maximum. chunk_max: the maximum of a row's part up to each chunk's
+// end, if at hand.
+template <class A, class T>
+TD_INLINE int64_t top_class(const T* x, int64_t classes, double max, const double* chunk_max) {
+  int64_t at = 0;
+  while (chunk_max != nullptr && at + kChunk < classes && chunk_max[at / kChunk] != max) at += kChunk;
+  const Vec<A> top(static_cast<A>(max));
+  for (; at + kLanes<A> <= classes; at += kLanes<A>) {
+    const Vec<A> found = load<A>(x + at) == top;
+    if (any(found)) return at + first_lane(found);
+  }
+  while (at + 1 < classes && static_cast<double>(x[at]) != max) ++at;
+  return at;
+}
+
 // A maximum that is still -inf (no class seen) must not be subtracted from -inf.
 TD_INLINE double finite_or_zero(double max) { return max == -std::numeric_limits<double>::infinity() ? 0 : max; }
 

@@ -675,7 +675,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // -- Launchers ------------------------------------------------------------------------------------------------------
 
-constexpr int kForward = 3, kBackward = 2, kDoubleBackward = 4;  // reductions
+constexpr int kForward = 4, kBackward = 2, kDoubleBackward = 4;  // reductions
 
 // f.template operator()<T, kSmooth>()
 template <class F>

@@ -205,15 +205,6 @@ LseScan scan_columns(const T* x, int64_t first, int64_t last, double inv_t, cons
   return scan;
 }
 
-// The first class of the row's maximum.
-template <class A, class T>
-int64_t top_class(const T* x, int64_t classes, double max, const Kept<A>& kept) {
-  int64_t c = 0;
-  while (kept.max[c / kChunk] != max) c += kChunk;
-  while (c + 1 < classes && static_cast<double>(x[c]) != max) ++c;
-  return c;
-}
-
 // l of some classes from their logits, and what it is more than at the centres. Below its floor a class has no mass
 // that the arithmetic can tell from 0: moved up to it, l stays finite.
 template <class A>
@@ -332,7 +323,7 @@ JsDivStat logits_row(const JsDivRows& rows, const TP* p, const TQ* q, ForEach co
     if (!(scan.sum > 0) || std::isinf(scan.max)) return false;
     const ExactSum exact = two_sum(scan.max, t * std::log(scan.sum));
     sum = exact.sum, error = exact.error;
-    top = top_class(x, rows.classes, scan.max, kept);
+    top = top_class<A>(x, rows.classes, scan.max, kept.max);
     return true;
   };
   int64_t top_p = 0, top_q = 0;

@@ -65,6 +65,26 @@ struct KlDivStat {
     const ExactSum s = two_sum(hi, lo);
     mean = s.sum, mean_lo = s.error;
   }
+
+  // Both sides in logits: log p - log q = (t - s - this)/T. Around the mean a near row has all of its digits; a far
+  // one, or one of infinite KL, around the other statistics.
+  TD_HOST_DEVICE ExactSum log_ratio_centre(double t) const {
+    if (!(kl < kKlNear)) return two_sum(lse_p, -lse_q);
+    const ExactSum d = two_sum(mean, -t * kl);
+    return two_sum(d.sum, d.error + mean_lo);
+  }
+  // (t, s): the logits of P's first class of the largest mass. True where log p - log q is so near 0 there that the row
+  // may owe its KL to classes of little mass, or to one that Q masks: all of q - p may then be small beside p, and
+  // lse_p - lse_q is needed to more digits than sums of exponentials in float leave. Where false, q - p is at least
+  // about min(KL, 1/2)/8 of P's largest mass there, and what those sums round off is a few ulp of that times KL.
+  TD_HOST_DEVICE bool agree_at(double t, double s, double inv_t) const {
+    return std::fabs((t - s) - (lse_p - lse_q)) * inv_t < (kl < kKlNear ? kl : kKlNear) / 8;
+  }
+  // What is off, from sum q - p, which is 0 at the right one.
+  TD_HOST_DEVICE void settle(double sum_gap, double inv_t) {
+    const double off = std::log1p(sum_gap);
+    lse_q += off / inv_t, kl += off;
+  }
 };
 
 // Online sums of one part of a row, both sides in logits: a = (t - max_p)/T, b = (s - max_q)/T.
@@ -181,6 +201,8 @@ struct KlDivVisit {
   S sum_q{};
   S shift{};  // sum e^((t - max_p)/T) u
   S phi{};    // and times phi(u); once there is a p > 0, a class of p = 0 adds its share of q
+  R top_p = -std::numeric_limits<R>::infinity();  // P's largest logit, exactly, and Q's logit of the same class
+  R top_q = 0;
   bool infinite = false;
 
   // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near: there it is at most

@@ -141,18 +141,18 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
   const KlDivStat flat{stat.lse_p, stat.lse_q, mass, 0, stat.kl};
   const double rest = rows.from_logits() ? 0 : stat.mean_lo;
   const Side p_side(rows.p, rows.p_space, t, stat.lse_p, rest), q_side(rows.q, rows.q_space, t, stat.lse_q, rest);
-  const Split<double> centre(stat.mean, stat.mean_lo);
+  const ExactSum at = stat.log_ratio_centre(t);
+  const Split<double> centre(at.sum, at.error);
   const D zero(0.0), kl(stat.kl), inv_t(1 / t);
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& l, D& v_p, D& v_q) __attribute__((always_inline)) {
     D log_p, log_q;
     p_side.read(in[0], i, count, p, log_p);
     q_side.read(in[1], i, count, q, log_q);
     l = log_ratio(p_side, q_side, p, q, log_p, log_q);
-    if (both_logits)  // l = u + KL, u from the exact difference
+    if (both_logits)  // from the exact difference
       l = difference_minus(load_any(in[0], rows.p.dtype, i, count, 0.0), load_any(in[1], rows.q.dtype, i, count, 0.0),
                            centre) *
-              inv_t +
-          kl;
+          inv_t;
     v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
     v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
   };

@@ -13,11 +13,12 @@ struct RowVisit : KlDivVisit<double> {
   __device__ static RowVisit load(const double* x) {
     RowVisit v;
     v.max_p = x[0], v.max_q = x[1], v.sum_p = x[2], v.sum_q = x[3], v.shift = x[4], v.phi = x[5];
-    v.infinite = x[6] != 0;
+    v.infinite = x[6] != 0, v.top_p = x[7], v.top_q = x[8];
     return v;
   }
   __device__ void store(double* x) const {
     x[0] = max_p, x[1] = max_q, x[2] = sum_p, x[3] = sum_q, x[4] = shift, x[5] = phi, x[6] = infinite ? 1 : 0;
+    x[7] = top_p, x[8] = top_q;
   }
 };
 
@@ -45,9 +46,13 @@ class ThreadVisit {
 
   template <int K>
   __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
-    A top_p = t[0], top_q = s[0];
+    A top_p = t[0], top_q = s[0], at_top = s[0];
 #pragma unroll
-    for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
+    for (int k = 1; k < K; ++k) {
+      at_top = t[k] > top_p ? s[k] : at_top;
+      top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
+    }
+    if (top_p > sums.top_p) sums.top_p = top_p, sums.top_q = at_top;
     if (top_p > sums.max_p + above_ || top_q > sums.max_q + above_) {
       sums.raise(top_p, top_q, rough_centre_, inv_t_);
       q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
@@ -106,8 +111,10 @@ __device__ double value_of(const Sum<A>& x) {
 
 template <class Visit>
 __device__ RowVisit merged(const Team& team, Visit visit, double centre, double inv_t) {
-  decltype(visit.max_p) top[2] = {visit.max_p, visit.max_q};
+  decltype(visit.max_p) top[3] = {visit.max_p, visit.max_q, visit.top_p};
   team.max(top);
+  decltype(visit.max_p) at_top[1] = {visit.top_p == top[2] ? visit.top_q : -kInf<decltype(visit.max_p)>};
+  team.max(at_top);
   visit.raise(top[0], top[1], centre, inv_t);
   double sums[5] = {value_of(visit.sum_p), value_of(visit.sum_q), value_of(visit.shift), value_of(visit.phi),
                     visit.infinite ? 1.0 : 0.0};
@@ -115,9 +122,36 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
   RowVisit whole;
   whole.max_p = top[0], whole.max_q = top[1];
   whole.sum_p = sums[0], whole.sum_q = sums[1], whole.shift = sums[2], whole.phi = sums[3];
-  whole.infinite = sums[4] != 0;
+  whole.infinite = sums[4] != 0, whole.top_p = top[2], whole.top_q = at_top[0];
   return whole;
 }
+
+// p and q of a class and q - p. Where p and q are near each other it is p expm1(-v), v = log p - log q from the logits'
+// difference: two exponentials would leave nothing.
+template <class A>
+struct Gap {
+  Split<A> difference, lse_p, lse_q;
+  A inv_t, factor_p, factor_q;
+  Exp<A> exp;
+
+  __device__ Gap(const KlDivStat& stat, double inv)
+      : Gap(stat.log_ratio_centre(1 / inv), Split<A>(stat.lse_p), Split<A>(stat.lse_q), inv) {}
+  __device__ __forceinline__ A p(A t) const { return exp(t - lse_p.hi) * factor_p; }
+  __device__ __forceinline__ A operator()(A p, A t, A s) const {
+    const A v = difference_minus(t, s, difference) * inv_t;
+    return std::fabs(v) < A(0.5) ? p * (phi_small(v) - v) : exp(s - lse_q.hi) * factor_q - p;
+  }
+
+ private:
+  __device__ Gap(const ExactSum& at, const Split<A>& p, const Split<A>& q, double inv)
+      : difference(at.sum, at.error),
+        lse_p(p),
+        lse_q(q),
+        inv_t(static_cast<A>(inv)),
+        factor_p(static_cast<A>(std::exp(-static_cast<double>(p.lo) * inv))),
+        factor_q(static_cast<A>(std::exp(-static_cast<double>(q.lo) * inv))),
+        exp(inv) {}
+};
 
 template <class TP, class TQ>
 struct LogitRows : LogitPair<TP, TQ> {
@@ -163,9 +197,29 @@ struct LogitRows : LogitPair<TP, TQ> {
         },
         [&](const auto& part) { return merged(task.team, part, start.centre, inv_t); });
   }
+
+  // sum q - p, as reduction `number` of the task.
+  __device__ bool sum_gap(const RowTask& task, int number, const Pieces& pieces, const KlDivStat& stat, double inv_t,
+                          Sums<1>& whole) const {
+    return task.reduce(
+        number, whole,
+        [&] {
+          const Gap<A> gap(stat, inv_t);
+          Sum<A> sum;
+          task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
+            A t[K], s[K], part = 0;
+            load(pieces, piece, t, s);
+#pragma unroll
+            for (int k = 0; k < K; ++k) part += gap(gap.p(t[k]), t[k], s[k]);
+            sum.add(part);
+          });
+          return Sums<1>{{sum.value()}};
+        },
+        [&](const auto& part) { return merged(task.team, part); });
+  }
 };
 
-// A row's statistics, by reductions `number` and the next. False: they are left to the next launch.
+// A row's statistics, by reductions `number` and the two after it. False: they are left to the next launch.
 template <class TP, class TQ>
 __device__ bool kl_of_logits(const RowTask& task, int number, const LogitRows<TP, TQ>& rows, const Pieces& pieces,
                              double inv_t, KlDivStat& stat) {
@@ -177,6 +231,11 @@ __device__ bool kl_of_logits(const RowTask& task, int number, const LogitRows<TP
     const Start again{stat.mean, stat.mean_lo, visit.max_p, visit.max_q};
     if (!rows.visit(task, number + 1, pieces, again, inv_t, visit)) return false;
     visit.finish(again.centre, again.centre_lo, t, stat);
+  }
+  if (stat.agree_at(visit.top_p, visit.top_q, inv_t)) {
+    Sums<1> gap;
+    if (!rows.sum_gap(task, number + 2, pieces, stat, inv_t, gap)) return false;
+    stat.settle(gap.x[0], inv_t);
   }
   return true;
 }
@@ -209,14 +268,12 @@ __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid,
     const double coefficient = pair.coefficient;
     auto stat = KlDivStat::load(k.stat + kStatSize * task.row);
     const double inv = inverse_temperature<A>(k.rows.temperature);
-    const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, near = stat.kl < kKlNear,
-               infinite = std::isinf(stat.kl);
-    const Exp<A> exp(inv);
-    const Split<A> lse_p(stat.lse_p), lse_q(stat.lse_q);
+    const bool want_p = grad_p.data != nullptr, want_q = grad_q.data != nullptr, infinite = std::isinf(stat.kl);
     // P's gradient is p u, and the classes that share P's mass may have a u far smaller than what the mean was summed
     // from: the far form takes the mean's error, E_p[t - s - mean], from a second look.
-    if (want_p && !near && !infinite) {
-      const Split<A> centre(stat.mean, stat.mean_lo);
+    if (want_p && stat.kl >= kKlNear && !infinite) {
+      const Split<A> centre(stat.mean, stat.mean_lo), lse_p(stat.lse_p);
+      const Exp<A> exp(inv);
       Sums<1> error;
       const auto part_error = [&] {
         Sum<A> sum;
@@ -238,25 +295,23 @@ __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid,
     Peak peak;
     const auto part = [&] {
       const Split<A> centre(stat.mean, stat.mean_lo);
-      const A factor_p = static_cast<A>(std::exp(-static_cast<double>(lse_p.lo) * inv)),
-              factor_q = static_cast<A>(std::exp(-static_cast<double>(lse_q.lo) * inv)),
-              c = static_cast<A>(coefficient * inv), inv_t = static_cast<A>(inv), kl = static_cast<A>(stat.kl);
+      const Gap<A> gap(stat, inv);
+      const A c = static_cast<A>(coefficient * inv);
       int64_t at = -1;
       Sum<A> others_p, others_q;
       task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-        A t[K], s[K], x[K], u[K];
+        A t[K], s[K], x[K];
         rows.load(pieces, piece, t, s);
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          x[i] = exp(t[i] - lse_p.hi) * factor_p;
-          u[i] = difference_minus(t[i], s[i], centre) * inv_t;
+          x[i] = gap.p(t[i]);
           if (x[i] > A(0.5)) at = piece.at(i);
         }
         A g[K], others = 0;
         if (want_p) {
 #pragma unroll
           for (int i = 0; i < K; ++i) {
-            g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * u[i];
+            g[i] = infinite || x[i] == 0 ? 0 : c * x[i] * (difference_minus(t[i], s[i], centre) * gap.inv_t);
             others += x[i] > A(0.5) ? 0 : g[i];
           }
           others_p.add(others);
@@ -266,9 +321,7 @@ __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid,
           others = 0;
 #pragma unroll
           for (int i = 0; i < K; ++i) {
-            const A v = u[i] + kl;
-            g[i] = c *
-                   (near && std::fabs(v) < A(0.5) ? x[i] * (phi_small(v) - v) : exp(s[i] - lse_q.hi) * factor_q - x[i]);
+            g[i] = c * gap(x[i], t[i], s[i]);
             others += x[i] > A(0.5) ? 0 : g[i];
           }
           others_q.add(others);

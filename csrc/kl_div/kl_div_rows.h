@@ -188,10 +188,16 @@ KlDivGuess guess_columns(const TP* p, const TQ* q, int64_t first, int64_t last, 
   return sums;
 }
 
+// P's largest logit, and that of each chunk and those before it where still at hand.
+struct RowTop {
+  double max = 0;
+  const double* of_chunk = nullptr;
+};
+
 // The statistics of one row, and with kWant what its gradient needs, in kept (and growth where the near form ran).
 template <class A, int kWant, class TP, class TQ>
 KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const Kept<A>& kept,
-                     A* growth, KlDivCentred& centred) {
+                     A* growth, KlDivCentred& centred, RowTop& top) {
   const double inv_t = inverse_temperature<A>(t);
   t = 1 / inv_t;
   KlDivStat stat{};
@@ -203,13 +209,16 @@ KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEac
           return guess_columns<A, kWant>(p, q, first, last, inv_t, centre, kept, growth);
         },
         [&](KlDivGuess& total, const KlDivGuess& part) { total.merge(part, inv_t); });
+    top = {guess.max_p, kept.max_p};
     if (guess.finish(centre, t, stat, centred)) return stat;
   }
   const auto scan = merged_segments<KlDivScan>(
       classes, columns, [&](int64_t first, int64_t last) { return scan_columns<A>(p, q, first, last, inv_t, kept); },
       [&](KlDivScan& total, const KlDivScan& part) { total.merge(part, inv_t); });
   stat = scan.finish(t);
+  top = {scan.max_p, kept.max_p};
   if (!(stat.kl < kKlNear)) return stat;
+  if (kWant != 0) top.of_chunk = nullptr;  // lse_p takes their place
   centred = merged_segments<KlDivCentred>(
       classes, columns,
       [&](int64_t first, int64_t last) {
@@ -218,6 +227,70 @@ KlDivStat logits_row(const TP* p, const TQ* q, int64_t classes, double t, ForEac
       [](KlDivCentred& total, const KlDivCentred& part) { total.shift += part.shift, total.phi += part.phi; });
   centred.finish(stat, t);
   return stat;
+}
+
+// q - p of some classes: p expm1(-v), v = log p - log q, where q is no more than a few orders of magnitude from p. Two
+// exponentials would leave nothing where q and p are near each other, as they may be wherever there is mass to speak
+// of, in a far row too.
+template <class A>
+struct Gap {
+  Split<A> difference;
+  Vec<A> inv_t;
+  ExpFrom<A> prob_q;
+
+  TD_INLINE Gap(const KlDivStat& stat, double inv_t_) : Gap(stat.log_ratio_centre(1 / inv_t_), stat.lse_q, inv_t_) {}
+  // x: p of these classes
+  TD_INLINE Vec<A> operator()(Vec<A> x, Vec<A> t, Vec<A> s) const {
+    const Vec<A> zero(A(0)), v = difference_minus(t, s, difference) * inv_t, small = is_small(v);
+    const Vec<A> gap_small = x * (phi_small(v) - v);
+    if (all(small)) return gap_small;
+    const Vec<A> middle = v.abs() < Vec<A>(A(8));
+    Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in NearTerms
+    if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
+    return select(small, gap_small, gap);
+  }
+
+ private:
+  TD_INLINE Gap(const ExactSum& at, double lse_q, double inv_t_)
+      : difference(at.sum, at.error), inv_t(static_cast<A>(inv_t_)), prob_q(lse_q, inv_t_) {}
+};
+
+// Settles the statistics of a row whose sides agree about P's largest mass. False where they do not; most rows show
+// that by their first classes.
+template <class A, class TP, class TQ>
+bool settle(const TP* p, const TQ* q, int64_t classes, double t, ForEach columns, const RowTop& top, KlDivStat& stat) {
+  if (!(stat.kl > 0)) return false;
+  const double inv = inverse_temperature<A>(t);
+  if (classes >= kLanes<A>) {
+    const Vec<A> inv_t(static_cast<A>(inv)), t_i = load<A>(p);
+    const Vec<A> v = difference_minus(t_i, load<A>(q), Split<A>(stat.lse_p - stat.lse_q)) * inv_t;
+    const Vec<A> share = exp_of((t_i - Vec<A>(static_cast<A>(top.max))) * inv_t);
+    if (any(Vec<A>(static_cast<A>(std::min(stat.kl, kKlNear) / 8)) < share * min_of(v.abs(), Vec<A>(A(1)))))
+      return false;
+  }
+  const int64_t at = top_class<A>(p, classes, top.max, top.of_chunk);
+  if (!stat.agree_at(static_cast<double>(p[at]), static_cast<double>(q[at]), inv)) return false;
+  const ExpFrom<A> prob_p(stat.lse_p, inv);
+  const Gap<A> gap(stat, inv);
+  const double sum = merged_segments<double>(
+      classes, columns,
+      [&](int64_t first, int64_t last) {
+        double part = 0;
+        for (int64_t b = first; b < last; b += kBlock) {
+          Vec<A> gaps(A(0));
+          for_lanes<A>(
+              std::min(kBlock, last - b), [&](int64_t i, auto count) __attribute__((always_inline)) {
+                const Vec<A> t_i = load_lanes<A>(p + b + i, count, -kInf<A>),
+                             s = load_lanes<A>(q + b + i, count, -kInf<A>);
+                gaps = gaps + gap(prob_p(t_i), t_i, s);
+              });
+          part += sum_of(gaps);
+        }
+        return part;
+      },
+      [](double& total, double part) { total += part; });
+  stat.settle(sum, inv);
+  return true;
 }
 
 // P's gradient is p u, and the classes that share P's mass may have a u far smaller than the t - s that the scan
@@ -266,11 +339,11 @@ template <class A, bool kP, bool kQ, class TP, class TQ>
 Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t first, int64_t last, double t,
                      const KlDivStat& stat, double coefficient) {
   const double inv = inverse_temperature<A>(t);
-  const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv)),
-      kl(static_cast<A>(stat.kl));
+  const Vec<A> inv_t(static_cast<A>(inv)), zero(A(0)), half(A(0.5)), c(static_cast<A>(coefficient * inv));
   const Split<A> centre(stat.mean, stat.mean_lo);
-  const ExpFrom<A> prob_p(stat.lse_p, inv), prob_q(stat.lse_q, inv);
-  const bool near = stat.kl < kKlNear, infinite = std::isinf(stat.kl);
+  const ExpFrom<A> prob_p(stat.lse_p, inv);
+  const Gap<A> gap(stat, inv);
+  const bool infinite = std::isinf(stat.kl);
   Peak peak;
   for (int64_t b = first; b < last; b += kChunk) {
     const int64_t n = std::min(kChunk, last - b);
@@ -282,26 +355,13 @@ Peak logits_gradient(const TP* p, const TQ* q, TP* grad_p, TQ* grad_q, int64_t f
           const Vec<A> tv = load_lanes<A>(p + i, count, -kInf<A>), s = load_lanes<A>(q + i, count, -kInf<A>);
           const Vec<A> x = prob_p(tv), top = x > half;
           if (any(top)) peak.at = i + first_lane(top);
-          Vec<A> u(A(0)), gp(A(0)), gq(A(0));
-          if (kP || near) u = difference_minus(tv, s, centre) * inv_t;
+          Vec<A> gp(A(0)), gq(A(0));
           if constexpr (kP) {
-            gp = infinite ? zero : select(x == zero, zero, c * x * u);
+            gp = infinite ? zero : select(x == zero, zero, c * x * (difference_minus(tv, s, centre) * inv_t));
             others_p = others_p + select(top, zero, gp);
           }
           if constexpr (kQ) {
-            if (near) {
-              const Vec<A> v = u + kl, small = is_small(v);
-              gq = x * (phi_small(v) - v);
-              if (!all(small)) {
-                const Vec<A> middle = v.abs() < Vec<A>(A(8));
-                Vec<A> gap = x * (exp_of(zero - v) - Vec<A>(A(1)));  // shares p's rounding, as in centred_columns
-                if (!all(middle)) gap = select(middle, gap, prob_q(s) - x);
-                gq = select(small, gq, gap);
-              }
-            } else {
-              gq = prob_q(s) - x;
-            }
-            gq = c * gq;
+            gq = c * gap(x, tv, s);
             others_q = others_q + select(top, zero, gq);
           }
           // Written last: either may be the storage of its own side.
@@ -351,14 +411,17 @@ template <class A, bool kQ, class TP, class TQ>
 void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>* grad, A* aside, int64_t classes,
                         double t, double coefficient, ForEach columns, const Kept<A>& kept, KlDivStat& stat) {
   KlDivCentred centred;
+  RowTop row_top;
   const double inv_t = inverse_temperature<A>(t);
-  stat = logits_row < A, kQ ? 1 : 2 > (p, q, classes, t, columns, kept, aside, centred);
-  if (!kQ && std::isinf(stat.kl)) {
-    fill_zero(grad, classes);
-    return;
+  stat = logits_row < A, kQ ? 1 : 2 > (p, q, classes, t, columns, kept, aside, centred, row_top);
+  const bool near = stat.kl < kKlNear;  // before it is settled, which must not change what waits in aside
+  const bool settled = settle<A>(p, q, classes, t, columns, row_top, stat);
+  if constexpr (kQ) {
+    if (settled) return gradient_row<A>(p, q, static_cast<TP*>(nullptr), grad, classes, t, coefficient, columns, stat);
+  } else {
+    if (std::isinf(stat.kl)) return fill_zero(grad, classes);
+    recentre<A>(p, q, classes, t, columns, stat);
   }
-  if constexpr (!kQ) recentre<A>(p, q, classes, t, columns, stat);
-  const bool near = stat.kl < kKlNear;
   // near: aside holds growth. Q: (p expm1(-u) - p E[expm1(-u)]) / E[e^-u]. P: p u - p E[u].
   const double scale = coefficient * inv_t / (near && kQ ? 1 + centred.growth() : 1);
   const Vec<A> c(static_cast<A>(scale)), c_far(static_cast<A>(scale * inv_t)),
@@ -433,10 +496,13 @@ void forward_logits(const RowPairForward<Rows>& k, int64_t begin, int64_t end, F
     KlDivStat stat{};
     if (weight != 0) {
       p = static_cast<const TP*>(x[0]);
+      const auto* const q = static_cast<const TQ*>(x[1]);
       KlDivCentred centred;
+      RowTop top;
       const auto kept = scratch.kept(nullptr);
-      stat = logits_row<A, 0>(p, static_cast<const TQ*>(x[1]), k.rows.classes, k.rows.temperature, columns, kept,
-                              static_cast<A*>(nullptr), centred);
+      stat = logits_row<A, 0>(p, q, k.rows.classes, k.rows.temperature, columns, kept, static_cast<A*>(nullptr),
+                              centred, top);
+      settle<A>(p, q, k.rows.classes, k.rows.temperature, columns, top, stat);
       exps = kept.from_max(k.rows.classes, stat);
     }
     const double loss = leave(i, p, exps, stat);

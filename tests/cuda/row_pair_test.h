@@ -25,6 +25,7 @@ struct Case {
   double offset = 0;    // of Q from P
   double level = 0;     // of both
   bool same_v = false;  // both sides move alike, and up
+  double lacking = 0;   // not 0: Q's last logit is so far below P's, which has little mass
 };
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name << " (" << c.rows << " x " << c.classes << ")"; }
 
@@ -56,6 +57,7 @@ class Problem {
         v_p.set(i, j, normal(random) + (c.same_v ? 100 : 0));
         v_q.set(i, j, c.same_v ? v_p.get(i, j) : normal(random));
       }
+      if (c.lacking != 0) t.back() = c.level + static_cast<double>(i) - 2, s.back() = t.back() - c.lacking;
       fill(p, i, t, p_space), fill(q, i, s, q_space);
       for (int64_t j = 0; j < c.classes; ++j) {
         if (hides(c.mask, true, i, j)) p.set(i, j, nothing(p_space));
@@ -172,6 +174,11 @@ const Case kCases[] = {
     {.name = "same_direction", .kl = 1e-6, .same_v = true},
     {.name = "level", .kl = 1e-2, .level = 1000},
     {.name = "level_far", .kl = 5, .level = 1000},
+    {.name = "agree", .rows = 4, .kl = 0, .lacking = 9000},
+    {.name = "agree_near", .rows = 4, .kl = 0, .lacking = 30},
+    {.name = "agree_centre", .rows = 4, .kl = 0, .offset = 3, .lacking = 30},
+    {.name = "agree_masked", .rows = 4, .kl = 0, .lacking = std::numeric_limits<double>::infinity()},
+    {.name = "agree_split", .rows = 1, .classes = 20003, .kl = 0, .lacking = std::numeric_limits<double>::infinity()},
     // Memory: padded and strided rows, misaligned alike and differently, against the end of a page.
     {.name = "padded", .rows = 3, .classes = 64, .p = {69}, .q = {69}, .grad_p = {65}, .grad_q = {66}},
     {.name = "misaligned_alike",
