@@ -557,3 +557,72 @@ def test_devices_and_weights():
         assert td.cross_entropy(X, Y, row_weight=-torch.ones(3)).isnan()
     with pytest.raises(ValueError, match="normalizer is 0"):
         td.cross_entropy(X, Y, normalizer=0)
+
+
+def test_ignore_index_is_no_label_of_a_smaller_type():
+    """-100 as uint8 would be 156, and 300 as int8 44."""
+    generator = torch.Generator().manual_seed(1)
+    x = randn(1, 200, generator=generator)
+    assert td.cross_entropy(x, torch.tensor([156], dtype=torch.uint8)) == td.cross_entropy(x, torch.tensor([156]))
+    labels = torch.tensor([1, 44], dtype=torch.int8)
+    x = randn(2, 50, generator=generator)
+    assert (td.cross_entropy(x, labels, ignore_index=300, reduction="none") > 0).all()
+    teacher = randn(2, 50, generator=generator)
+    assert td.distillation_loss(x, teacher, labels, ignore_index=300) == td.distillation_loss(x, teacher, labels.long())
+
+
+def test_loss_beyond_float_is_infinite_with_a_gradient_too():
+    """torch.finfo.min is a common mask; what is stored with the gradient must not raise where the value is inf."""
+    mask = torch.finfo(torch.float32).min
+    x = torch.tensor([[mask, 0.0, 0.0]] * 2)
+    for reduction in ("sum", "mean"):
+        y = x.clone().requires_grad_()
+        value = td.cross_entropy(y, torch.tensor([0, 0]), reduction=reduction, temperature=0.25)
+        assert value == math.inf
+        (gradient,) = torch.autograd.grad(value, y)
+        assert gradient.isfinite().all()
+
+
+def test_negative_target_probability_is_nan():
+    x = torch.zeros(1, 3, requires_grad=True)
+    value = td.cross_entropy(x, torch.tensor([[-0.1, 0.5, 0.6]]))
+    assert value.isnan()
+    assert torch.autograd.grad(value, x)[0].isnan().any()
+
+
+@pytest.mark.parametrize("gap", (8.0, 12.0, 16.0, 20.0))
+def test_hessian_beside_a_peak(gap):
+    """q (v - <q, v>) at the class with nearly all of the mass, in float32 as good as in float64."""
+    generator = torch.Generator().manual_seed(3)
+    x = randn(6, 5, generator=generator)
+    x[:, 2] += gap
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    v = randn(6, 5, generator=generator)
+
+    def product(dtype):
+        y = x.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(td.cross_entropy(y, labels, reduction="sum"), y, create_graph=True)
+        return torch.autograd.grad((gradient * v.to(dtype)).sum(), y)[0].double()
+
+    single, double = product(torch.float32), product(torch.float64)
+    assert ((single - double).abs().amax(-1) <= 2e-6 * double.abs().amax(-1)).all()
+
+
+@single_and_double
+@pytest.mark.parametrize("gap", (10.0, 20.0, 30.0))
+def test_one_hot_distribution_is_the_label(gap, dtype):
+    """Digits of a gradient of e^-gap, of a teacher given as probabilities as of one given by a label."""
+    x = randn(5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x[:, 3] += gap
+    x = x.to(dtype).requires_grad_()
+    labels = torch.full((5,), 3)
+    one_hot = torch.nn.functional.one_hot(labels, 7).to(dtype)
+    want = torch.autograd.grad(td.cross_entropy(x, labels, reduction="sum"), x)[0]
+    tolerance = {"rtol": ROW_ACCURACY[dtype], "atol": 0}
+    for loss in (
+        td.cross_entropy(x, one_hot, reduction="sum"),
+        td.kl_div(x, one_hot, target_space="probs", reduction="sum"),
+    ):
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, **tolerance)
+    rows = td.kl_div(x, one_hot, target_space="probs", reduction="none")
+    torch.testing.assert_close(rows, td.cross_entropy(x, labels, reduction="none"), **tolerance)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch_divergence as td
 from cases import SLOW, TRANSFORMS
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -634,3 +635,17 @@ def test_subclass_is_not_broken(case):
     parameter = torch.nn.Parameter(inputs[0].clone())
     case(parameter, *inputs[1:], reduction="mean").backward()
     assert parameter.grad is not None
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compile_with_rows_that_the_data_chooses():
+    def losses(x, y, w, labels, kept):
+        x, y, w, labels = x[kept], y[kept], w[kept], labels[kept]
+        return td.kl_div(x, y, row_weight=w), td.js_div(x, y), td.cross_entropy(x, labels)
+
+    inputs = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6), torch.randint(5, (6,))
+    kept = torch.tensor([True, False, True, True, False, True])
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for mask in (kept, ~kept):
+        torch.testing.assert_close(compiled(*inputs, mask), losses(*inputs, mask))

@@ -34,8 +34,8 @@ int64_t check_dim(const char* name, const at::Tensor& input, int64_t dim) {
   TORCH_CHECK_VALUE(dim >= -dims && dim < dims, name, ": dim is ", dim, ", expected a value from ", -dims, " to ",
                     dims - 1, " for input of shape ", input.sym_sizes());
   const int64_t wrapped = dim < 0 ? dim + dims : dim;
-  TORCH_CHECK_VALUE(input.sym_size(wrapped) != 0, name, ": input has no classes: dim ", dim, " of shape ",
-                    input.sym_sizes(), ", expected at least one");
+  TORCH_CHECK_VALUE(TORCH_GUARD_OR_TRUE(input.sym_size(wrapped).sym_ne(0)), name, ": input has no classes: dim ", dim,
+                    " of shape ", input.sym_sizes(), ", expected at least one");
   return wrapped;
 }
 

@@ -52,20 +52,18 @@ template <>
 class Exp<float> {
  public:
   __device__ explicit Exp(double inv_t)
-      : hi_(static_cast<float>(inv_t * kLog2E)),
-        lo_(static_cast<float>(inv_t * kLog2E - static_cast<double>(hi_))),
-        lowest_(-150 / hi_) {}
+      : hi_(static_cast<float>(inv_t * kLog2E)), lo_(static_cast<float>(inv_t * kLog2E - static_cast<double>(hi_))) {}
   // NaN where x or x/T is infinite.
   __device__ float near(float x) const {
     const float y = x * hi_, rest = std::fma(x, lo_, std::fma(x, hi_, -y)), e = exp2_approx(y);
     return std::fma(e, rest * 0.69314718f, e);
   }
   // 0 for -inf; for x/T up to 80.
-  __device__ float operator()(float x) const { return near(x < lowest_ ? lowest_ : x); }
+  __device__ float operator()(float x) const { return x * hi_ < -150 ? 0 : near(x); }
 
  private:
   static constexpr double kLog2E = 1.4426950408889634;
-  float hi_, lo_, lowest_;
+  float hi_, lo_;
 };
 
 template <class A>

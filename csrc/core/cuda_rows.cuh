@@ -302,7 +302,7 @@ struct RowGrid {
   static constexpr int64_t kShort = 1024;    // classes up to which a warp takes a row
   static constexpr int64_t kManyRows = 256;  // this many blocks keep a GPU busy
   static constexpr int64_t kSegment = 8192;  // classes that are worth a block
-  static constexpr int kSlot = 9;            // doubles that a segment leaves for a reduction
+  static constexpr int kSlot = 8;            // doubles that a segment leaves for a reduction
 
   int64_t rows, classes;
   int64_t segment = 0;  // classes of one; 0: rows are not split

@@ -49,7 +49,9 @@ RowReduction::RowReduction(const char* name, const at::Tensor& input, at::Scalar
     const int64_t missing = static_cast<int64_t>(rows.size()) - w.dim();
     bool fits = missing >= 0;
     for (int64_t d = 0; fits && d < w.dim(); ++d)
-      fits = w.sym_size(d) == 1 || w.sym_size(d) == rows[static_cast<size_t>(d + missing)];
+      // A size that is known only when the compiled program runs is left to expand().
+      fits = TORCH_GUARD_OR_FALSE(w.sym_size(d).sym_eq(1)) ||
+             TORCH_GUARD_OR_TRUE(w.sym_size(d).sym_eq(rows[static_cast<size_t>(d + missing)]));
     TORCH_CHECK_VALUE(fits, name, ": row_weight has shape ", w.sym_sizes(), ", expected one that broadcasts to ", rows,
                       ", the shape of the rows");
     weight_ = w.to(loss_dtype).expand_symint(rows);

@@ -195,12 +195,12 @@ class RowDivergence {
       return Options::with(ctx, [&](O... options) -> variable_list {
         const auto [loss, stat] = rows(in[0], in[1], weight, options...);
         const Mask2 mask{tangents[0].defined(), tangents[1].defined()};
-        const auto [gp, gq] = RowDivergence::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0],
-                                                      in[1], stat, options..., mask);
+        // Widened: a gradient in a half type would leave the tangent no better than that type.
+        const auto type = loss.scalar_type();
+        const auto [gp, gq] = RowDivergence::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())),
+                                                      in[0].to(type), in[1].to(type), stat, options..., mask);
         auto tangent = at::zeros_like(loss);
-        const auto along = [&](const Tensor& g, const Tensor& v) {
-          tangent = tangent + (g.to(loss.scalar_type()) * v.to(loss.scalar_type())).sum(-1);
-        };
+        const auto along = [&](const Tensor& g, const Tensor& v) { tangent = tangent + (g * v.to(type)).sum(-1); };
         if (mask[0]) along(gp, tangents[0]);
         if (mask[1]) along(gq, tangents[1]);
         return {tangent, Tensor()};
@@ -476,7 +476,7 @@ class RowDivergence {
     const RowPairValueAndGrad<Rows> call{D::rows(p, q, options...), w, scale * incoming, s, wrt_q, rows_out(gradient)};
     run(D::value_and_grad_kernel(), call, count, p);
     auto value = at::empty({}, p.options().dtype(loss_dtype(p, q)));
-    value.fill_(scale * weighted_sum(w, s + D::kLossStat, D::kStatSize, count));
+    write_loss(value, scale * weighted_sum(w, s + D::kLossStat, D::kStatSize, count));
     return {std::move(value), std::move(stat)};
   }
 };

@@ -163,9 +163,11 @@ class RowFunction<L, Types<C...>, Types<O...>> {
       return Options::with(ctx, [&](O... options) -> variable_list {
         return with_constants(in, 1, [&](const auto&... constant) -> variable_list {
           const auto [loss, stat] = rows(in[0], constant..., weight, options...);
-          const auto g = RowFunction::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0],
+          // Widened: a gradient in a half type would leave the tangent no better than that type.
+          const auto type = loss.scalar_type();
+          const auto g = RowFunction::backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0].to(type),
                                                constant..., stat, options...);
-          return {(g.to(loss.scalar_type()) * tangents[0].to(loss.scalar_type())).sum(-1), Tensor()};
+          return {(g * tangents[0].to(type)).sum(-1), Tensor()};
         });
       });
     }
@@ -440,7 +442,7 @@ class RowFunction<L, Types<C...>, Types<O...>> {
         },
         x, w, constant...);
     auto value = at::empty({}, x.options().dtype(loss_dtype(x, x)));
-    value.fill_(scale * weighted_sum(w, s + L::kLossStat, L::kStatSize, count));
+    write_loss(value, scale * weighted_sum(w, s + L::kLossStat, L::kStatSize, count));
     return {std::move(value), std::move(stat)};
   }
 

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "core/exact_sum.h"
+#include "core/log_sum.h"
 #include "core/row_pair.h"
 #include "core/row_tiles.h"
 #include "core/vec_math.h"
@@ -265,34 +266,38 @@ struct LseScan {
   }
 };
 
-// T logsumexp(x/T) = sum + error
-inline ExactSum any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns) {
+inline LogSum log_sum(const void* x, DType type, int64_t classes, double t, ForEach columns) {
   const double inv_t = 1 / t;
   const auto scan = [&](int64_t first, int64_t last) {
-    LseScan part;
+    TopScan part;
     for (int64_t c = first; c < last; c += kChunk) {
       const int64_t n = std::min(kChunk, last - c);
       D hi(-kInf<double>);
       for_lanes<double>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            hi = max_of(load_any(x, rows.dtype, c + i, count, -kInf<double>), hi);
-          });
+          n, [&](int64_t i, auto count)
+                 __attribute__((always_inline)) { hi = max_of(load_any(x, type, c + i, count, -kInf<double>), hi); });
       part.raise(max_lane(hi), inv_t);
-      // While all is -inf, 0: nothing must be subtracted from it. A NaN, which no maximum shows, is in the sum.
-      const D top(finite_or_zero(part.max));
-      D sum(0.0);
+      const D top(finite_or_zero(part.top)), zero(0.0), one(1.0);
+      D ties(0.0), below(0.0);
       for_lanes<double>(
           n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            sum = sum + ((load_any(x, rows.dtype, c + i, count, -kInf<double>) - top) * D(inv_t)).exp();
+            const D v = load_any(x, type, c + i, count, -kInf<double>), at_top = v == top;
+            ties = ties + select(at_top, one, zero);
+            below = below + select(at_top, zero, ((v - top) * D(inv_t)).exp());
           });
-      part.sum += sum_of(sum);
+      part.ties += sum_of(ties), part.below += sum_of(below);
     }
     return part;
   };
-  const auto total = merged_segments<LseScan>(classes, columns, scan,
-                                              [&](LseScan& whole, const LseScan& part) { whole.merge(part, inv_t); });
-  if (!(total.sum > 0)) return {std::numeric_limits<double>::quiet_NaN(), 0};
-  return two_sum(total.max, t * std::log(total.sum));
+  return merged_segments<TopScan>(classes, columns, scan,
+                                  [&](TopScan& whole, const TopScan& part) { whole.merge(part, inv_t); })
+      .finish();
+}
+
+// T logsumexp(x/T) = sum + error
+inline ExactSum any_lse(const void* x, const RowsIn& rows, int64_t classes, double t, ForEach columns) {
+  const LogSum z = log_sum(x, rows.dtype, classes, t, columns);
+  return two_sum(z.top, t * z.log_z);
 }
 
 // Sums f(i, count) -> two vectors over a row, in a fixed order.

@@ -46,6 +46,15 @@ inline double weighted_sum(const double* weight, const double* loss, int64_t str
   return sum;
 }
 
+// A number into a 0-dim tensor on the CPU; what is beyond its type becomes an infinity, where fill_() would raise.
+inline void write_loss(const at::Tensor& loss, double value) {
+  if (loss.scalar_type() == at::kDouble) {
+    *loss.mutable_data_ptr<double>() = value;
+  } else {
+    *loss.mutable_data_ptr<float>() = static_cast<float>(value);
+  }
+}
+
 // The options of a Function: integers, numbers and booleans, each kept in its context under a name of its own.
 template <class... O>
 class SavedOptions {

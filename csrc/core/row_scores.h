@@ -11,34 +11,6 @@
 namespace torch_divergence::cpu::CPU_CAPABILITY {
 namespace {
 
-inline LogSum log_sum(const void* x, DType type, int64_t classes, double t, ForEach columns) {
-  const double inv_t = 1 / t;
-  const auto scan = [&](int64_t first, int64_t last) {
-    TopScan part;
-    for (int64_t c = first; c < last; c += kChunk) {
-      const int64_t n = std::min(kChunk, last - c);
-      D hi(-kInf<double>);
-      for_lanes<double>(
-          n, [&](int64_t i, auto count)
-                 __attribute__((always_inline)) { hi = max_of(load_any(x, type, c + i, count, -kInf<double>), hi); });
-      part.raise(max_lane(hi), inv_t);
-      const D top(finite_or_zero(part.top)), zero(0.0), one(1.0);
-      D ties(0.0), below(0.0);
-      for_lanes<double>(
-          n, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            const D v = load_any(x, type, c + i, count, -kInf<double>), at_top = v == top;
-            ties = ties + select(at_top, one, zero);
-            below = below + select(at_top, zero, ((v - top) * D(inv_t)).exp());
-          });
-      part.ties += sum_of(ties), part.below += sum_of(below);
-    }
-    return part;
-  };
-  return merged_segments<TopScan>(classes, columns, scan,
-                                  [&](TopScan& whole, const TopScan& part) { whole.merge(part, inv_t); })
-      .finish();
-}
-
 TD_INLINE double entry(const void* x, DType type, int64_t i) {
   switch (type) {
     case DType::Double:

@@ -193,7 +193,7 @@ CheckedLabels checked_labels(const Tensor& input, const Tensor& target, std::opt
                     " and class indices, expected ", rows, ", the shape of input without its dim ", dim);
   // The caller's weights, checked; then those of the rows that are kept.
   const RowReduction given(kName, x, loss_dtype(x, x), row_weight, reduction, normalizer);
-  const auto kept = target.ne(ignore_index);
+  const auto kept = target.to(at::kLong).ne(ignore_index);  // a smaller type would wrap ignore_index around
   const auto weight = given.weight().has_value() ? at::where(kept, *given.weight(), 0) : kept;
   return {x, code,
           RowReduction(kName, x, loss_dtype(x, x), weight, reduction == "batchmean" ? "mean" : reduction, normalizer)};

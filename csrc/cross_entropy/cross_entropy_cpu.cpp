@@ -50,6 +50,7 @@ struct Distributions {
     Entry e;
     p_side.read(p, i, count, e.t, e.p, e.n_p);
     q_side.read(q, i, count, e.x, e.q, e.n);
+    if (p_side.space == kProbs) e.p = select(e.p < D(0.0), D(std::numeric_limits<double>::quiet_NaN()), e.p);
     return e;
   }
   // n around its value at P's largest class; for P in logits.
@@ -78,7 +79,7 @@ struct Distributions {
       if (std::isinf(stat.plain)) return zero;
       return select(e.p == zero, zero, e.p * (around(e) - D(stat.mean)) * inv_t * keep);
     }
-    const D g = p_side.space == kLogProbs ? share(e.p, e.n) : e.n;
+    const D g = p_side.space == kLogProbs ? share(e.p, e.n) : select(e.p.isnan(), e.p, e.n);
     return select((e.p == zero) & (e.n == D(kInf<double>)), zero, g * keep);  // a class that neither side has
   }
 
@@ -138,16 +139,30 @@ void distribution_gradient(const CrossEntropyRows& rows, const void* p, const vo
   }
   const Distributions row(rows, p, q, stat);
   const double mass = stat.mixed_mass(rows);
-  const D c(coefficient);
-  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
-    for_lanes<double>(
-        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-          const int64_t i = first + j;
-          const auto e = row.read(i, count);
-          if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * row.gradient_p(e, stat), count);
-          if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * row.gradient_q(e, mass), count);
-        });
-  });
+  const D c(coefficient), zero(0.0), half(0.5);
+  // From logits the sum of Q's gradient is 0: the class with more than half of its mass gets what the others leave.
+  const auto peak = merged_segments<Peak>(
+      rows.classes, columns,
+      [&](int64_t first, int64_t last) {
+        Peak part;
+        D others(0.0);
+        for_lanes<double>(
+            last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+              const int64_t i = first + j;
+              const auto e = row.read(i, count);
+              if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * row.gradient_p(e, stat), count);
+              if (grad_q == nullptr) return;
+              const D g = c * row.gradient_q(e, mass), top = e.q > half;
+              if (any(top)) part.at = i + first_lane(top);
+              others = others + select(top, zero, without_padding(g, count));
+              store_any(grad_q, out_q.dtype, i, g, count);
+            });
+        part.others_q = sum_of(others);
+        return part;
+      },
+      [](Peak& total, const Peak& part) { total.merge(part); });
+  if (grad_q != nullptr && rows.q_space == kLogits && peak.at >= 0)
+    store_any(grad_q, out_q.dtype, peak.at, D(-peak.others_q), 1);
 }
 
 // -- Both sides in logits, in float: H(P, Q) = H(P) + KL(P || Q) ------------------------------------------------------
@@ -576,9 +591,7 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
   const auto stat = LabelStat::load(k.stat + LabelStat::kSize * row);
   const int64_t label = rows.labels[row];
   const double coefficient = k.coefficient[row], s = rows.smoothing;
-  // The one that the statistics were made with.
-  const bool in_float = rows.x.dtype != DType::Double && s == 0;
-  const double inv_t = in_float ? inverse_temperature<float>(rows.temperature) : 1 / rows.temperature;
+  const double inv_t = 1 / rows.temperature;
   const bool left_out = label < 0 || label >= rows.classes;  // only a row of coefficient 0 may have such a label
   if (left_out && k.d_coefficient != nullptr) k.d_coefficient[row] = 0;
   if (coefficient == 0 && (left_out || k.d_coefficient == nullptr))
@@ -604,7 +617,10 @@ void label_double_backward(const LabelDoubleBackward& k, int64_t row, const void
     if (coefficient == 0) return fill_zero_any(out, k.d_x.dtype, rows.classes);
     return free_label_gradient(rows, x, label, v, k.v.dtype, out, k.d_x.dtype, coefficient, columns);
   }
-  const D base(finite_or_zero(stat.base)), log_z(stat.log_z), own(v_label);
+  // In double, which statistics summed in float are not good for: q (v - <q, v>) is a difference beside a large q.
+  LogSum z{stat.base, stat.log_z};
+  if (type != DType::Double && s == 0) z = log_sum(x, type, rows.classes, rows.temperature, columns);
+  const D base(finite_or_zero(z.top)), log_z(z.log_z), own(v_label);
   const auto read = [&](int64_t i, auto count, D& q, D& away) __attribute__((always_inline)) {
     q = ((load_any(x, type, i, count, -kInf<double>) - base) * D(inv_t) - log_z).exp();
     away = load_any(v, k.v.dtype, i, count, v_label) - own;

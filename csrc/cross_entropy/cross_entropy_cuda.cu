@@ -675,7 +675,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // -- Launchers ------------------------------------------------------------------------------------------------------
 
-constexpr int kForward = 4, kBackward = 2, kDoubleBackward = 4;  // reductions
+constexpr int kForward = 3, kBackward = 2, kBackwardLogits = 3, kDoubleBackward = 4;  // reductions
 
 // f.template operator()<T, kSmooth>()
 template <class F>
@@ -702,7 +702,7 @@ void cross_entropy_forward(const CrossEntropyForward& k, int64_t rows, double* w
 void cross_entropy_backward(const CrossEntropyBackward& k, int64_t rows, double* workspace, Stream stream) {
   if (k.rows.by_logits() && k.grad_p.data == nullptr) {
     return dispatch_float_types(k.rows, [&]<class TP, class TQ>() {
-      launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kBackward);
+      launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kBackwardLogits);
     });
   }
   dispatch_any(k.rows.p.dtype, [&]<class T>() {

@@ -201,8 +201,6 @@ struct KlDivVisit {
   S sum_q{};
   S shift{};  // sum e^((t - max_p)/T) u
   S phi{};    // and times phi(u); once there is a p > 0, a class of p = 0 adds its share of q
-  R top_p = -std::numeric_limits<R>::infinity();  // P's largest logit, exactly, and Q's logit of the same class
-  R top_q = 0;
   bool infinite = false;
 
   // e^-u e^((t - max_p)/T) over e^((s - max_q)/T), cut where the row cannot be near: there it is at most

@@ -2,6 +2,7 @@
 //
 // Two families. Both sides in logits: kl_div_rows.h. Everything else, and the double backward: SIMD in double for all
 // types, which makes the plain formulas accurate to float's last digits.
+#include "core/row_scores.h"
 #include "kl_div/kl_div_rows.h"
 
 namespace torch_divergence::cpu::CPU_CAPABILITY {
@@ -75,6 +76,10 @@ void forward_any(const KlDivForward& k, int64_t begin, int64_t end, ForEach colu
   });
 }
 
+struct Peaks {
+  Peak p, q;
+};
+
 void any_gradient(const RowPair& rows, const void* p, const void* q, const RowsOut& out_p, void* grad_p,
                   const RowsOut& out_q, void* grad_q, const KlDivStat& stat, double coefficient, ForEach columns) {
   if (coefficient == 0) {
@@ -85,19 +90,37 @@ void any_gradient(const RowPair& rows, const void* p, const void* q, const RowsO
   const double rest = stat.mean_lo;
   const Side p_side(rows.p, rows.p_space, rows.temperature, stat.lse_p, rest),
       q_side(rows.q, rows.q_space, rows.temperature, stat.lse_q, rest);
-  const D c(coefficient);
-  for_segments(rows.classes, columns, [&](int64_t first, int64_t last, int64_t) {
-    for_lanes<double>(
-        last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
-          const int64_t i = first + j;
-          D x, log_x, y, log_y;
-          p_side.read(p, i, count, x, log_x);
-          q_side.read(q, i, count, y, log_y);
-          const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
-          if (grad_p != nullptr) store_any(grad_p, out_p.dtype, i, c * gradient_p(p_side, stat, x, l), count);
-          if (grad_q != nullptr) store_any(grad_q, out_q.dtype, i, c * gradient_q(q_side, stat, x, y), count);
-        });
-  });
+  const D c(coefficient), zero(0.0), half(0.5);
+  // A side in logits has gradients whose sum is 0; see kl_div.h for the class with more than half of its mass.
+  const auto peaks = merged_segments<Peaks>(
+      rows.classes, columns,
+      [&](int64_t first, int64_t last) {
+        Peaks part;
+        D others_p(0.0), others_q(0.0);
+        const auto write = [&](void* grad, const RowsOut& out, int64_t i, auto count, D g, D prob, int64_t& at,
+                               D& others) __attribute__((always_inline)) {
+          if (grad == nullptr) return;
+          const D top = prob > half;
+          if (any(top)) at = i + first_lane(top);
+          others = others + select(top, zero, without_padding(g, count));
+          store_any(grad, out.dtype, i, g, count);
+        };
+        for_lanes<double>(
+            last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
+              const int64_t i = first + j;
+              D x, log_x, y, log_y;
+              p_side.read(p, i, count, x, log_x);
+              q_side.read(q, i, count, y, log_y);
+              const D l = log_ratio(p_side, q_side, x, y, log_x, log_y);
+              write(grad_p, out_p, i, count, c * gradient_p(p_side, stat, x, l), x, part.p.at, others_p);
+              write(grad_q, out_q, i, count, c * gradient_q(q_side, stat, x, y), y, part.q.at, others_q);
+            });
+        part.p.others_p = sum_of(others_p), part.q.others_q = sum_of(others_q);
+        return part;
+      },
+      [](Peaks& total, const Peaks& part) { total.p.merge(part.p), total.q.merge(part.q); });
+  if (p_side.space == kLogits && peaks.p.at >= 0) store_any(grad_p, out_p.dtype, peaks.p.at, D(-peaks.p.others_p), 1);
+  if (q_side.space == kLogits && peaks.q.at >= 0) store_any(grad_q, out_q.dtype, peaks.q.at, D(-peaks.q.others_q), 1);
 }
 
 void backward_any(const KlDivBackward& k, int64_t begin, int64_t end, ForEach columns) {
@@ -134,16 +157,21 @@ void value_and_grad_any(const KlDivValueAndGrad& k, int64_t begin, int64_t end, 
 void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* const* in, void* const* out,
                          ForEach columns) {
   const RowPair& rows = k.rows;
-  const KlDivStat stat = KlDivStat::load(k.stat + KlDivStat::kSize * row);
+  KlDivStat stat = KlDivStat::load(k.stat + KlDivStat::kSize * row);
   const double t = rows.temperature, coefficient = k.coefficient[row];
   const bool both_logits = rows.from_logits();
   const double mass = both_logits ? 1 : stat.mean;
-  const KlDivStat flat{stat.lse_p, stat.lse_q, mass, 0, stat.kl};
-  const double rest = rows.from_logits() ? 0 : stat.mean_lo;
-  const Side p_side(rows.p, rows.p_space, t, stat.lse_p, rest), q_side(rows.q, rows.q_space, t, stat.lse_q, rest);
-  const ExactSum at = stat.log_ratio_centre(t);
+  // Where P has its mass on one class, its derivatives are differences of numbers that agree in all of float's digits.
+  const bool again = both_logits && rows.p.dtype != DType::Double && !std::isnan(stat.kl);
+  ExactSum z_p{stat.lse_p, 0}, z_q{stat.lse_q, 0};
+  if (again)
+    z_p = any_lse(in[0], rows.p, rows.classes, t, columns), z_q = any_lse(in[1], rows.q, rows.classes, t, columns);
+  if (!both_logits) z_p.error = z_q.error = stat.mean_lo;
+  const Side p_side(rows.p, rows.p_space, t, z_p.sum, z_p.error), q_side(rows.q, rows.q_space, t, z_q.sum, z_q.error);
+  ExactSum at = stat.log_ratio_centre(t);
+  if (again) at = two_sum(z_p.sum, -z_q.sum), at.error += z_p.error - z_q.error;
   const Split<double> centre(at.sum, at.error);
-  const D zero(0.0), kl(stat.kl), inv_t(1 / t);
+  const D zero(0.0), inv_t(1 / t);
   const auto read = [&](int64_t i, auto count, D& p, D& q, D& l, D& v_p, D& v_q) __attribute__((always_inline)) {
     D log_p, log_q;
     p_side.read(in[0], i, count, p, log_p);
@@ -156,6 +184,17 @@ void double_backward_row(const KlDivDoubleBackward& k, int64_t row, const void* 
     v_p = in[2] ? load_any(in[2], k.v_p.dtype, i, count, 0.0) : zero;
     v_q = in[3] ? load_any(in[3], k.v_q.dtype, i, count, 0.0) : zero;
   };
+  if (again && !std::isinf(stat.kl))
+    stat.kl = sum_columns(
+                  rows.classes, columns,
+                  [&](int64_t i, auto count, D& sum, D&) __attribute__((always_inline)) {
+                    D p, q, l, v_p, v_q;
+                    read(i, count, p, q, l, v_p, v_q);
+                    sum = sum + select(p == zero, zero, p * l);
+                  })
+                  .a;
+  const KlDivStat flat{stat.lse_p, stat.lse_q, mass, 0, stat.kl};
+  const D kl(stat.kl);
   const Pair means = sum_columns(
       rows.classes, columns, [&](int64_t i, auto count, D& a, D& b) __attribute__((always_inline)) {
         D p, q, l, v_p, v_q;

@@ -14,7 +14,7 @@
 namespace torch_divergence::cuda {
 namespace {
 
-constexpr int kForward = 3, kReductions = 2;
+constexpr int kReductions = 2, kBackward = 3;
 
 // -- Both sides in logits -------------------------------------------------------------------------------------------
 
@@ -223,14 +223,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kForward); }
+int64_t kl_div_workspace(int64_t rows, int64_t classes) { return RowGrid(rows, classes).workspace(kBackward); }
 
 void kl_div_forward(const KlDivForward& k, int64_t rows, double* workspace, Stream stream) {
   if (!k.rows.from_logits())
     return dispatch_any(k.rows.p.dtype,
                         [&]<class T>() { launch_rows(&forward_any<T>, k, rows, workspace, stream, kReductions); });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
-    launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream, kForward);
+    launch_rows(&forward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
   });
 }
 
@@ -239,7 +239,7 @@ void kl_div_backward(const KlDivBackward& k, int64_t rows, double* workspace, St
     return dispatch_any(k.rows.p.dtype,
                         [&]<class T>() { launch_rows(&backward_any<T>, k, rows, workspace, stream, 0); });
   dispatch_types(k.rows, [&]<class TP, class TQ>() {
-    launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kReductions);
+    launch_rows(&backward_logits<TP, TQ>, k, rows, workspace, stream, kBackward);
   });
 }
 

@@ -13,12 +13,11 @@ struct RowVisit : KlDivVisit<double> {
   __device__ static RowVisit load(const double* x) {
     RowVisit v;
     v.max_p = x[0], v.max_q = x[1], v.sum_p = x[2], v.sum_q = x[3], v.shift = x[4], v.phi = x[5];
-    v.infinite = x[6] != 0, v.top_p = x[7], v.top_q = x[8];
+    v.infinite = x[6] != 0;
     return v;
   }
   __device__ void store(double* x) const {
     x[0] = max_p, x[1] = max_q, x[2] = sum_p, x[3] = sum_q, x[4] = shift, x[5] = phi, x[6] = infinite ? 1 : 0;
-    x[7] = top_p, x[8] = top_q;
   }
 };
 
@@ -46,13 +45,9 @@ class ThreadVisit {
 
   template <int K>
   __device__ __forceinline__ void add(const A (&t)[K], const A (&s)[K]) {
-    A top_p = t[0], top_q = s[0], at_top = s[0];
+    A top_p = t[0], top_q = s[0];
 #pragma unroll
-    for (int k = 1; k < K; ++k) {
-      at_top = t[k] > top_p ? s[k] : at_top;
-      top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
-    }
-    if (top_p > sums.top_p) sums.top_p = top_p, sums.top_q = at_top;
+    for (int k = 1; k < K; ++k) top_p = t[k] > top_p ? t[k] : top_p, top_q = s[k] > top_q ? s[k] : top_q;
     if (top_p > sums.max_p + above_ || top_q > sums.max_q + above_) {
       sums.raise(top_p, top_q, rough_centre_, inv_t_);
       q_to_p_ = sums.q_to_p(rough_centre_, inv_t_);
@@ -111,10 +106,8 @@ __device__ double value_of(const Sum<A>& x) {
 
 template <class Visit>
 __device__ RowVisit merged(const Team& team, Visit visit, double centre, double inv_t) {
-  decltype(visit.max_p) top[3] = {visit.max_p, visit.max_q, visit.top_p};
+  decltype(visit.max_p) top[2] = {visit.max_p, visit.max_q};
   team.max(top);
-  decltype(visit.max_p) at_top[1] = {visit.top_p == top[2] ? visit.top_q : -kInf<decltype(visit.max_p)>};
-  team.max(at_top);
   visit.raise(top[0], top[1], centre, inv_t);
   double sums[5] = {value_of(visit.sum_p), value_of(visit.sum_q), value_of(visit.shift), value_of(visit.phi),
                     visit.infinite ? 1.0 : 0.0};
@@ -122,36 +115,9 @@ __device__ RowVisit merged(const Team& team, Visit visit, double centre, double 
   RowVisit whole;
   whole.max_p = top[0], whole.max_q = top[1];
   whole.sum_p = sums[0], whole.sum_q = sums[1], whole.shift = sums[2], whole.phi = sums[3];
-  whole.infinite = sums[4] != 0, whole.top_p = top[2], whole.top_q = at_top[0];
+  whole.infinite = sums[4] != 0;
   return whole;
 }
-
-// p and q of a class and q - p. Where p and q are near each other it is p expm1(-v), v = log p - log q from the logits'
-// difference: two exponentials would leave nothing.
-template <class A>
-struct Gap {
-  Split<A> difference, lse_p, lse_q;
-  A inv_t, factor_p, factor_q;
-  Exp<A> exp;
-
-  __device__ Gap(const KlDivStat& stat, double inv)
-      : Gap(stat.log_ratio_centre(1 / inv), Split<A>(stat.lse_p), Split<A>(stat.lse_q), inv) {}
-  __device__ __forceinline__ A p(A t) const { return exp(t - lse_p.hi) * factor_p; }
-  __device__ __forceinline__ A operator()(A p, A t, A s) const {
-    const A v = difference_minus(t, s, difference) * inv_t;
-    return std::fabs(v) < A(0.5) ? p * (phi_small(v) - v) : exp(s - lse_q.hi) * factor_q - p;
-  }
-
- private:
-  __device__ Gap(const ExactSum& at, const Split<A>& p, const Split<A>& q, double inv)
-      : difference(at.sum, at.error),
-        lse_p(p),
-        lse_q(q),
-        inv_t(static_cast<A>(inv)),
-        factor_p(static_cast<A>(std::exp(-static_cast<double>(p.lo) * inv))),
-        factor_q(static_cast<A>(std::exp(-static_cast<double>(q.lo) * inv))),
-        exp(inv) {}
-};
 
 template <class TP, class TQ>
 struct LogitRows : LogitPair<TP, TQ> {
@@ -197,29 +163,9 @@ struct LogitRows : LogitPair<TP, TQ> {
         },
         [&](const auto& part) { return merged(task.team, part, start.centre, inv_t); });
   }
-
-  // sum q - p, as reduction `number` of the task.
-  __device__ bool sum_gap(const RowTask& task, int number, const Pieces& pieces, const KlDivStat& stat, double inv_t,
-                          Sums<1>& whole) const {
-    return task.reduce(
-        number, whole,
-        [&] {
-          const Gap<A> gap(stat, inv_t);
-          Sum<A> sum;
-          task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
-            A t[K], s[K], part = 0;
-            load(pieces, piece, t, s);
-#pragma unroll
-            for (int k = 0; k < K; ++k) part += gap(gap.p(t[k]), t[k], s[k]);
-            sum.add(part);
-          });
-          return Sums<1>{{sum.value()}};
-        },
-        [&](const auto& part) { return merged(task.team, part); });
-  }
 };
 
-// A row's statistics, by reductions `number` and the two after it. False: they are left to the next launch.
+// A row's statistics, by reductions `number` and the next. False: they are left to the next launch.
 template <class TP, class TQ>
 __device__ bool kl_of_logits(const RowTask& task, int number, const LogitRows<TP, TQ>& rows, const Pieces& pieces,
                              double inv_t, KlDivStat& stat) {
@@ -232,30 +178,58 @@ __device__ bool kl_of_logits(const RowTask& task, int number, const LogitRows<TP
     if (!rows.visit(task, number + 1, pieces, again, inv_t, visit)) return false;
     visit.finish(again.centre, again.centre_lo, t, stat);
   }
-  if (stat.agree_at(visit.top_p, visit.top_q, inv_t)) {
-    Sums<1> gap;
-    if (!rows.sum_gap(task, number + 2, pieces, stat, inv_t, gap)) return false;
-    stat.settle(gap.x[0], inv_t);
-  }
   return true;
 }
 
-// The class with more than half of P's mass, and the sums of the other classes' gradients.
-struct Peak {
-  double at = -1;
-  double others_p = 0, others_q = 0;
+// p and q of a class and q - p. Where p and q are near each other it is p expm1(-v), v = log p - log q from the logits'
+// difference: two exponentials would leave nothing.
+template <class A>
+struct Gap {
+  Split<A> difference, lse_p, lse_q;
+  A inv_t, factor_p, factor_q;
+  Exp<A> exp;
 
-  __device__ static Peak load(const double* x) { return {x[0], x[1], x[2]}; }
-  __device__ void store(double* x) const { x[0] = at, x[1] = others_p, x[2] = others_q; }
+  __device__ Gap(const KlDivStat& stat, double inv)
+      : Gap(stat.log_ratio_centre(1 / inv), Split<A>(stat.lse_p), Split<A>(stat.lse_q), inv) {}
+  __device__ __forceinline__ A p(A t) const { return exp(t - lse_p.hi) * factor_p; }
+  __device__ __forceinline__ A operator()(A p, A t, A s) const {
+    const A v = difference_minus(t, s, difference) * inv_t;
+    return std::fabs(v) < A(0.5) ? p * (phi_small(v) - v) : exp(s - lse_q.hi) * factor_q - p;
+  }
+
+ private:
+  __device__ Gap(const ExactSum& at, const Split<A>& p, const Split<A>& q, double inv)
+      : difference(at.sum, at.error),
+        lse_p(p),
+        lse_q(q),
+        inv_t(static_cast<A>(inv)),
+        factor_p(static_cast<A>(std::exp(-static_cast<double>(p.lo) * inv))),
+        factor_q(static_cast<A>(std::exp(-static_cast<double>(q.lo) * inv))),
+        exp(inv) {}
 };
-inline __device__ Peak merged(const Team& team, const Peak& part) {
-  double at[1] = {part.at}, others[2] = {part.others_p, part.others_q};
-  team.max(at);
-  team.sum(others);
-  return {at[0], others[0], others[1]};
+
+// What the gradients of a row leave: the class with more than half of P's mass and the sums of the other classes'
+// entries; sum q - p, which is 0 at the right lse_p - lse_q, the largest |q - p| and the largest p of those classes.
+struct Written {
+  double at = -1;
+  double others_p = 0, others_q = 0, gap = 0, largest = 0, top = 0;
+
+  __device__ static Written load(const double* x) { return {x[0], x[1], x[2], x[3], x[4], x[5]}; }
+  __device__ void store(double* x) const {
+    x[0] = at, x[1] = others_p, x[2] = others_q, x[3] = gap, x[4] = largest, x[5] = top;
+  }
+  // The statistics are to be settled, and Q's gradient written once more: what is off in log p - log q moves the
+  // entries by that much of p, and all of them may be small beside it.
+  __device__ bool unsettled() const { return std::fabs(gap) * top > 5e-7 * largest; }
+};
+inline __device__ Written merged(const Team& team, const Written& part) {
+  double most[3] = {part.at, part.largest, part.top}, sums[3] = {part.others_p, part.others_q, part.gap};
+  team.max(most);
+  team.sum(sums);
+  return {most[0], sums[0], sums[1], sums[2], most[1], most[2]};
 }
 
-// Gradients of rows that left their statistics first of kStatSize numbers, by reductions 0 and 1.
+// Gradients of rows that left their statistics first of kStatSize numbers, by reductions 0 to 2.
 template <class TP, class TQ, int kStatSize, class Call>
 __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid, double* workspace, int launch) {
   using Rows = LogitRows<TP, TQ>;
@@ -292,13 +266,13 @@ __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid,
       if (!task.reduce(0, error, part_error, [&](const auto& x) { return merged(task.team, x); })) return;
       stat.set_mean(stat.mean, stat.mean_lo + error.x[0]);
     }
-    Peak peak;
     const auto part = [&] {
       const Split<A> centre(stat.mean, stat.mean_lo);
       const Gap<A> gap(stat, inv);
       const A c = static_cast<A>(coefficient * inv);
       int64_t at = -1;
-      Sum<A> others_p, others_q;
+      Sum<A> others_p, others_q, gaps;
+      A largest = 0, top = 0;
       task.for_pieces<TP>(pieces, [&](const Piece<TP>& piece) {
         A t[K], s[K], x[K];
         rows.load(pieces, piece, t, s);
@@ -319,24 +293,38 @@ __device__ __forceinline__ void kl_gradients(const Call& k, const RowGrid& grid,
         }
         if (want_q) {
           others = 0;
+          A sum = 0;
 #pragma unroll
           for (int i = 0; i < K; ++i) {
-            g[i] = c * gap(x[i], t[i], s[i]);
-            others += x[i] > A(0.5) ? 0 : g[i];
+            const A y = gap(x[i], t[i], s[i]);
+            g[i] = c * y;
+            sum += y;
+            if (!(x[i] > A(0.5))) {
+              others += g[i];
+              largest = std::fabs(y) > largest ? std::fabs(y) : largest;
+              top = x[i] > top ? x[i] : top;
+            }
           }
-          others_q.add(others);
+          others_q.add(others), gaps.add(sum);
           store_piece(grad_q, pieces, Piece<TQ>{piece.first, piece.gap}, g);
         }
       });
-      return Peak{static_cast<double>(at), others_p.value(), others_q.value()};
+      return Written{static_cast<double>(at),      others_p.value(),        others_q.value(), gaps.value(),
+                     static_cast<double>(largest), static_cast<double>(top)};
     };
-    if (!task.reduce(1, peak, part, [&](const Peak& x) { return merged(task.team, x); })) return;
-    if (peak.at < 0) return;
+    const auto merge = [&](const Written& x) { return merged(task.team, x); };
+    Written written;
+    if (!task.reduce(1, written, part, merge)) return;
+    if (want_q && written.unsettled()) {
+      stat.settle(written.gap, inv);
+      if (!task.reduce(2, written, part, merge)) return;
+    }
+    if (written.at < 0) return;
     __syncwarp();  // a team that is one warp has met no barrier since the class was written
     if (!task.writes()) return;
-    const auto at = static_cast<int64_t>(peak.at);
-    if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-peak.others_p));
-    if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-peak.others_q));
+    const auto at = static_cast<int64_t>(written.at);
+    if (want_p) store_entry<TP>(grad_p, at, static_cast<A>(-written.others_p));
+    if (want_q) store_entry<TQ>(grad_q, at, static_cast<A>(-written.others_q));
   });
 }
 

@@ -236,7 +236,7 @@ Tensors3 value_and_grad_cpu(const Tensor& input, const Tensor& indices, const Te
                               rows_out(grad_input)};
   run(TD_CPU_KERNEL(kl_div_topk_value_and_grad), call, rows.numel());
   auto loss = at::empty({}, input.options().dtype(loss_dtype(input, log_probs)));
-  loss.fill_(scale * weighted_sum(w, losses, 1, rows.numel()));
+  write_loss(loss, scale * weighted_sum(w, losses, 1, rows.numel()));
   return {std::move(loss), std::move(stat), std::move(grad_input)};
 }
 
@@ -354,13 +354,16 @@ struct Value : torch::autograd::Function<Value> {
     const Options o = unpack(ctx);
     const auto [loss, stat] = call_rows(in[0], in[1], in[2], tail, weight, o);
     const Mask3 mask{tangents[0].defined(), tangents[2].defined(), has_tail && tangents[3].defined()};
-    const auto [g_input, g_log_probs, g_tail] = call_backward(weighted(at::ones_like(loss), weight.value_or(Tensor())),
-                                                              in[0], in[1], in[2], stat, tail, o, mask);
-    auto tangent = at::zeros_like(loss);
+    // Widened: a gradient in a half type would leave the tangent no better than that type.
     const auto type = loss.scalar_type();
-    if (mask[0]) tangent = tangent + (g_input.to(type) * tangents[0].to(type)).sum(-1);
-    if (mask[1]) tangent = tangent + (g_log_probs.to(type) * tangents[2].to(type)).sum(-1);
-    if (mask[2]) tangent = tangent + g_tail.to(type) * tangents[3].to(type);
+    const OptionalTensor wide_tail = tail.has_value() ? OptionalTensor(tail->to(type)) : std::nullopt;
+    const auto [g_input, g_log_probs, g_tail] =
+        call_backward(weighted(at::ones_like(loss), weight.value_or(Tensor())), in[0].to(type), in[1], in[2].to(type),
+                      stat, wide_tail, o, mask);
+    auto tangent = at::zeros_like(loss);
+    if (mask[0]) tangent = tangent + (g_input * tangents[0].to(type)).sum(-1);
+    if (mask[1]) tangent = tangent + (g_log_probs * tangents[2].to(type)).sum(-1);
+    if (mask[2]) tangent = tangent + g_tail * tangents[3].to(type);
     return {tangent, Tensor()};
   }
 };
@@ -663,6 +666,7 @@ TailCode check_tail(std::string_view tail) {
 }
 
 void check_teacher(const Tensor& input, const Tensor& t, const char* argument) {
+  TORCH_CHECK_VALUE(t.defined(), kName, ": ", argument, " is an undefined tensor, expected a dense one");
   TORCH_CHECK_VALUE(t.device() == input.device(), kName, ": ", argument, " is on ", t.device(), ", expected ",
                     input.device(), ", where input is");
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, kName, ": ", argument, " has layout ", t.layout(),

@@ -359,7 +359,7 @@ double forward_row(const TopkRows& rows, Row& row, const T* x, ForEach columns, 
   }
   if (rows.space == kProbs) return solve(sum_outside(row, x, rows.classes, columns));
   const double loss = solve(scan_outside<A>(row, x, rows.classes, rows.temperature, columns, exps, max_of_chunk));
-  if (std::is_same_v<A, double> || rows.space != kLogits || !(loss < kSumInDouble)) return loss;
+  if (std::is_same_v<A, double> || (rows.space == kLogits && !(loss < kSumInDouble))) return loss;
   return solve(scan_outside<double>(row, x, rows.classes, rows.temperature, columns));
 }
 
