@@ -316,6 +316,85 @@ def test_coincident_points_and_zero_vectors():
 
 
 @pytest.mark.parametrize("n", (5, 20))
+@pytest.mark.parametrize("reach", (None, 0.5))
+def test_infinite_coordinates(n, reach):
+    """What is nowhere meets nobody: no finite value, and none that passes for a solution."""
+    for side in (0, 1):
+        for blur in (0.05, 5.0):
+            for dtype in (torch.float32, F64):
+                points = list(clouds(n, n, dtype=dtype))
+                points[side][0, 0] = math.inf
+                result = td.sinkhorn(*points, blur=blur, reach=reach)
+                assert not result.value.isfinite() and not result.converged
+                value, info = td.sinkhorn_divergence(*points, blur=blur, reach=reach, return_info=True)
+                assert not value.isfinite() and not info.converged
+
+
+@pytest.mark.parametrize("n", (5, 20))
+@pytest.mark.parametrize("rho", (None, (0.5, 0.7)), ids=str)
+@pytest.mark.parametrize("eps", (0.02, 0.3, 20.0))
+def test_pairs_that_may_not_meet(n, rho, eps):
+    """An infinite cost is the limit of a large one, in every derivative."""
+    C = drawn(torch.rand, n, n + 1, generator=torch.Generator().manual_seed(0))
+    forbidden = torch.zeros(n, n + 1, dtype=torch.bool)
+    forbidden[0, 1] = forbidden[2, :3] = forbidden[4, 0] = True
+    far = 50 * max(1, eps)
+    a, b = weights(n), weights(n + 1, seed=1)
+    v = drawn(torch.randn, n, n + 1, generator=torch.Generator().manual_seed(1))
+
+    def derivatives(infinite, dtype):
+        inputs = [torch.where(forbidden, infinite, C), a, b, torch.tensor(eps, dtype=F64)]
+        inputs = [t.to(dtype).requires_grad_() for t in inputs]
+        value, info = td.sinkhorn_cost(
+            *inputs[:3], eps=inputs[3], rho=rho, tol=1e-13 if dtype == F64 else 1e-6, max_iter=5000, return_info=True
+        )
+        assert info.converged
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        second = torch.autograd.grad((first[0] * v.to(dtype)).sum(), inputs)
+        balanced = rho is None
+        ready = [*first, *second]
+        for k in (1, 2, 5, 6):
+            ready[k] = uncentred(balanced, ready[k])
+        return value, ready
+
+    value, gradients = derivatives(math.inf, F64)
+    assert (gradients[0][forbidden] == 0).all() and (gradients[4][forbidden] == 0).all()
+    limit, of_limit = derivatives(far, F64)
+    close(value, limit, rtol=1e-9, atol=1e-9)
+    close(gradients, of_limit, rtol=1e-6, atol=1e-8)
+    value32, gradients32 = derivatives(math.inf, torch.float32)
+    close(value32.double(), value, rtol=1e-5, atol=1e-5)
+    assert all(t.isfinite().all() for t in gradients32)
+
+
+def test_no_plan_is_allowed():
+    """Masses that forbidden pairs keep apart: whatever the potentials grow to, that is no solution."""
+    for n in (1, 10):
+        a, b = (torch.tensor([s, 1 - s], dtype=F64).repeat_interleave(n) / n for s in (0.3, 0.7))
+        C = torch.eye(2, dtype=F64).repeat_interleave(n, 0).repeat_interleave(n, 1)
+        C = torch.where(C == 1, torch.rand_like(C), math.inf)
+        for dtype in (torch.float32, F64):
+            for rho in (None, 1.0):
+                value, info = td.sinkhorn_cost(*(t.to(dtype) for t in (C, a, b)), eps=0.1, rho=rho, return_info=True)
+                assert bool(info.converged) == (rho is not None)
+                assert rho is None or value.isfinite()
+
+
+def test_costs_far_above_eps_and_points_without_weight():
+    """The score of a point of weight 0 is below that of any other, however cold."""
+    for dtype, eps in ((torch.float32, 1e-32), (F64, 1e-200)):
+        for n in (5, 40):
+            x, y = clouds(n, n, dtype=dtype)
+            a, b = weights(n).to(dtype), weights(n, seed=1).to(dtype)
+            b[3] = 0
+            b = b / b.sum()
+            result = td.sinkhorn(x, y, a, b, eps=eps, tol=0, max_iter=1)
+            cost = torch.cdist(x.double(), y.double())[:, b > 0].square() / 2
+            got = (result.f[:, None] + result.g[b > 0]).double()
+            close(got, cost.min(1, True).values.expand_as(got), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", (5, 20))
 @pytest.mark.parametrize("rho", (None, 0.5))
 def test_nan_in_nan_out(n, rho):
     x, y = clouds(n, n, batch=(2,))
@@ -325,7 +404,68 @@ def test_nan_in_nan_out(n, rho):
     assert info.marginal_error[0].isnan() and info.converged.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, F64), ids=str)
+def test_cosine_of_any_length(dtype):
+    """The squares of the coordinates would overflow, or be lost."""
+    x, y = clouds(dtype=dtype)
+    want = td.sinkhorn(x, y, cost="cosine", eps=0.3, tol=1e-6).value
+    for scale in (1e-25, 1e-21, 1e-19, 1e19, 1e30):
+        at = (scale * x).requires_grad_()
+        value = td.sinkhorn(at, y / scale, cost="cosine", eps=0.3, tol=1e-6).value
+        close(value, want, rtol=1e-5, atol=1e-6)
+        grad = torch.autograd.grad(value, at)[0]
+        near = x.clone().requires_grad_()
+        close(
+            scale * grad,
+            torch.autograd.grad(td.sinkhorn(near, y, cost="cosine", eps=0.3, tol=1e-6).value, near)[0],
+            rtol=1e-3,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, F64), ids=str)
+def test_image_where_the_plan_underflows(dtype):
+    """The averages of y exist as long as b and g do."""
+    x, y = clouds(4, 5, 2, dtype=dtype)
+    for target in (y + 9, y):
+        a = weights(4).to(dtype)
+        a[1] = 0
+        result = td.sinkhorn(x, target, a / a.sum(), eps=0.05, reach=0.5)
+        image = result.barycentric_projection()
+        cost = torch.cdist(x.double(), target.double()).square() / 2
+        share = ((result.g.double() - cost) / 0.05).softmax(1)
+        close(image.double(), share @ target.double(), rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=1e-8)
+        at = (x.clone().requires_grad_(), target.clone().requires_grad_(), a / a.sum())
+        grads = torch.autograd.grad(td.sinkhorn(*at, eps=0.05, reach=0.5).barycentric_projection().sum(), at[:2])
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_gradcheck_of_the_image():
+    x, y = clouds(4, 5, 2, grad=True)
+    a, b = weights(4), weights(5, seed=1).requires_grad_()
+    eps = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def image(x, y, b, eps):
+        result = td.sinkhorn(x, y, a, b, eps=eps, rho=1.3, tol=1e-14, max_iter=5000)
+        return result.barycentric_projection()
+
+    assert gradcheck(image, (x, y, b, eps))
+
+
 # ---- batches
+
+
+def test_one_cost_matrix_for_a_batch():
+    for n in (4, 20):
+        C = torch.rand(n, n + 1, dtype=F64).requires_grad_()
+        a, b = weights(n, batch=(3,)).requires_grad_(), weights(n + 1)
+        results = []
+        for matrix in (C, C.expand(3, -1, -1), C.repeat(3, 1, 1)):
+            value = td.sinkhorn_cost(matrix, a, b, eps=0.3, tol=1e-12)
+            first = torch.autograd.grad(value.square().sum(), (C, a), create_graph=True)
+            results.append((value, *first, *torch.autograd.grad(first[0].square().sum(), (C, a))))
+        close(results[0], results[2], rtol=1e-9, atol=1e-9)
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][0], results[2][0])
 
 
 def test_batch_equals_loop():
@@ -711,6 +851,43 @@ def test_only_the_gradients_that_are_needed(n):
     close(gradient(alone, alone[n]), gradient(inputs, inputs[n]))
 
 
+@pytest.mark.parametrize("eps", (0.01, 0.03, 0.1, 0.3))
+@pytest.mark.parametrize("rho", (None, 1.3))
+def test_second_derivatives_by_weights(eps, rho):
+    """Against differences of the gradient, where self plans are nearly diagonal and their systems nearly singular."""
+    for seed in range(4):
+        x, y = clouds(5, 4, 2, seed=seed)
+        a, b = weights(5, seed=seed), weights(4, seed=seed + 1)
+        generator = torch.Generator().manual_seed(seed)
+        va, vb = (drawn(torch.randn, len(w), generator=generator) for w in (a, b))
+        va, vb = va - va.sum() * a, vb - vb.sum() * b  # masses stay
+
+        def gradient(t, create_graph=False):
+            at = ((a + t * va).requires_grad_(), (b + t * vb).requires_grad_())  # noqa: B023
+            value = td.sinkhorn_divergence(x, y, *at, eps=eps, rho=rho, tol=1e-14, max_iter=5000)  # noqa: B023
+            return at, torch.autograd.grad(value, at, create_graph=create_graph)
+
+        at, first = gradient(0, create_graph=True)
+        second = torch.autograd.grad(first, at, (va, vb))
+        step = 1e-5
+        for got, ahead, behind in zip(second, gradient(step)[1], gradient(-step)[1], strict=True):
+            want = (ahead - behind) / (2 * step)
+            got, want = (uncentred(rho is None, t) for t in (got, want))
+            close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max())
+
+
+@pytest.mark.parametrize("seed", (0, 49))
+def test_second_derivative_of_a_diagonal_plan(seed):
+    """The atoms of the first cloud hardly touch; between those of the second all is lost to rounding."""
+    torch.manual_seed(seed)
+    x = torch.randn(4, 2, dtype=F64)
+    a = torch.full((4,), 0.25, dtype=F64)
+    y = torch.zeros(1, 2, dtype=F64)
+    H = torch.autograd.functional.hessian(lambda a: td.sinkhorn_divergence(x, y, a, tol=1e-12), a)
+    centre = torch.eye(4, dtype=F64) - 0.25
+    close((centre @ H @ centre).diagonal(), torch.full((4,), 0.00375, dtype=F64), rtol=1e-4, atol=0)
+
+
 def test_third_derivative_says_that_it_is_missing():
     x, y = clouds(grad=True)
     value = td.sinkhorn_divergence(x, y, eps=0.3)
@@ -740,6 +917,17 @@ def test_jvp():
     value, tangent = torch.func.jvp(lambda t: divergence(t, y), (x,), (v,))
     close(value, divergence(x, y))
     close(tangent, (torch.func.grad(lambda t: divergence(t, y))(x) * v).sum())
+
+
+def test_vectorised_forward_mode():
+    x, y = clouds(4, 5, 2)
+    want = torch.autograd.functional.jacobian(lambda t: divergence(t, y), x)
+    got = torch.autograd.functional.jacobian(lambda t: divergence(t, y), x, vectorize=True, strategy="forward-mode")
+    close(got, want)
+    close(torch.func.jacfwd(lambda t: divergence(t, y))(x), want)
+    x, y = clouds(3, 4, 2, batch=(2,), grad=True)
+    f = partial(td.sinkhorn_divergence, eps=0.5, tol=1e-12)
+    assert gradcheck(f, (x, y), check_forward_ad=True, check_batched_forward_grad=True)
 
 
 @pytest.mark.parametrize("in_dims", ((0, None), (0, 0), (None, 0)))
@@ -807,6 +995,29 @@ def test_modules():
     C = torch.cdist(x, y)
     close(td.SinkhornCostLoss(eps=0.3, reduction="sum")(C), td.sinkhorn_cost(C, eps=0.3).sum())
     assert not td.SinkhornLoss().state_dict()
+    eps = torch.tensor([0.2, 0.3])
+    close(td.SinkhornLoss(eps=eps, reduction="batchmean")(x, y), td.sinkhorn_divergence(x, y, eps=eps).mean())
+    close(td.SinkhornCostLoss(eps=0.3, reduction="batchmean")(C), td.sinkhorn_cost(C, eps=0.3).mean())
+
+
+def test_no_problems():
+    x, y = clouds(batch=(0,), grad=True)
+    for reduction in ("mean", "sum", "batchmean"):
+        value = td.sinkhorn_divergence(x, y, reduction=reduction)
+        assert value == 0
+        assert [g.shape for g in torch.autograd.grad(value, (x, y))] == [x.shape, y.shape]
+
+
+@pytest.mark.parametrize("name", ("sinkhorn", "sinkhorn_divergence", "sinkhorn_ragged", "sinkhorn_cost"))
+def test_what_is_no_init(name):
+    x, y = clouds()
+    args = {
+        "sinkhorn_cost": (torch.cdist(x, y),),
+        "sinkhorn_ragged": (x, torch.tensor([0, 5]), y, torch.tensor([0, 6])),
+    }
+    for init in (3.0, "g", (1, 2)):
+        with pytest.raises(ValueError, match=f"{name}: init is .*, expected a SinkhornInfo"):
+            getattr(td, name)(*args.get(name, (x, y)), eps=0.3, init=init)
 
 
 @pytest.mark.parametrize(
@@ -814,6 +1025,7 @@ def test_modules():
     (
         ({"eps": 0.1, "blur": 0.1}, "both eps and blur"),
         ({"eps": -1.0}, "eps is -1, expected a positive"),
+        ({"eps": True}, "eps has type bool, expected"),
         ({"blur": 0.0}, "blur is 0, expected a positive"),
         ({"rho": 1.0, "reach": 1.0}, "both rho and reach"),
         ({"rho": -1.0}, "rho is -1, expected a positive"),
@@ -841,6 +1053,47 @@ def test_errors(change, message):
     arguments = {"x": x, "y": y} | change
     with pytest.raises(ValueError, match=re.escape(message)):
         td.sinkhorn_divergence(**arguments)
+
+
+@pytest.mark.parametrize(
+    "batch, init, message",
+    (
+        ((), torch.zeros(7, dtype=F64), "has shape [7], expected (6,)"),
+        ((), torch.zeros(2, 6, dtype=F64), "has shape [2, 6], expected (6,)"),
+        ((3,), torch.zeros(2, 6, dtype=F64), "has shape [2, 6], expected (3, 6)"),
+        ((3,), torch.zeros(3, 5, dtype=F64), "has shape [3, 5], expected (3, 6)"),
+        ((3,), torch.zeros(1, 3, 6, dtype=F64), "has shape [1, 3, 6], expected (3, 6)"),
+        ((), torch.zeros(6, dtype=F64, device="meta"), "is on meta, expected"),
+        ((), torch.zeros(6, dtype=torch.long), "has dtype Long, expected float32"),
+    ),
+    ids=str,
+)
+def test_errors_in_init(batch, init, message):
+    x, y = clouds(batch=batch)
+    C = torch.cdist(x, y)
+    for call in (td.sinkhorn, td.sinkhorn_divergence):
+        with pytest.raises(ValueError, match=re.escape(f"{call.__name__}: init g {message}")):
+            call(x, y, init=init)
+    with pytest.raises(ValueError, match=re.escape(f"sinkhorn_cost: init g {message}")):
+        td.sinkhorn_cost(C, eps=0.3, init=init)
+
+
+def test_init_of_another_problem():
+    x, y = clouds(batch=(2,))
+    _, info = td.sinkhorn_divergence(x, y, return_info=True)
+    for other in (clouds(batch=(3,)), clouds()):
+        with pytest.raises(ValueError, match="init g has shape"):
+            td.sinkhorn_divergence(*other, init=info)
+    at = torch.tensor([0, 2, 5]), torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match=re.escape("sinkhorn_ragged: init g has shape [3, 6], expected (6,)")):
+        td.sinkhorn_ragged(x[0], at[0], y[0], at[1], init=torch.zeros(3, 6, dtype=F64))
+
+
+def test_ragged_offsets_of_no_problem():
+    x, y = clouds()
+    none = torch.tensor([0])
+    with pytest.raises(ValueError, match="x_offsets has 1 entries, expected"):
+        td.sinkhorn_ragged(x, none, y, none)
 
 
 def test_masses_may_differ_by_rounding():

@@ -86,6 +86,29 @@ def test_dtypes_and_autocast(dtype):
         assert torch.equal(td.sliced_wasserstein(x, y, projections=theta), value)
 
 
+@pytest.mark.parametrize("scale", (1e-3, 1))
+@pytest.mark.parametrize("offset", (0, 1e4))
+def test_offsets_lose_no_digits(offset, scale):
+    x, y, theta = (randn(*shape, dtype=torch.float32) for shape in ((50, 3), (40, 3), (16, 3)))
+    x, y = (scale * (x + offset)).requires_grad_(), (scale * (y + offset)).requires_grad_()
+    value = td.sliced_wasserstein(x, y, projections=theta)
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    want = td.sliced_wasserstein(*wide, projections=theta.double())
+    close(value.double(), want, rtol=2e-6, atol=0)
+    for got, exact in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(want, wide), strict=True):
+        close(got.double(), exact, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_infinities_stay_where_they_are():
+    x, y = randn(2, 5, 3), randn(4, 3)
+    theta = torch.eye(3, dtype=torch.float64)
+    want = td.sliced_wasserstein(x[1], y, projections=theta)
+    x[0, 2] = torch.inf
+    value = td.sliced_wasserstein(x, y, projections=theta)
+    assert not value[0].isfinite()
+    close(value[1], want)
+
+
 def test_reductions_and_module():
     x, y, theta = randn(4, 6, 2), randn(4, 5, 2), randn(3, 2)
     rows = td.sliced_wasserstein(x, y, projections=theta)

@@ -224,6 +224,18 @@ def test_accuracy_in_float32():
     assert td.wasserstein_1d(u, u, a, a, p=2) == 0
 
 
+def test_weights_near_the_rounding_of_float32():
+    """Masses that differ in the last digits count where the line is long, in the loss and its slopes."""
+    u = torch.tensor([0.0, 1e6]).requires_grad_()
+    v, share = torch.tensor([0.0, 1e6]), 2.0**-22
+    a, b = torch.tensor([1.0, share]), torch.tensor([1 - share, 2 * share])
+    value = td.wasserstein_1d(u, v, a, b)
+    close(value, torch.tensor(share * 1e6))
+    for create_graph in (False, True):
+        slopes = torch.autograd.grad(value, u, retain_graph=True, create_graph=create_graph)[0]
+        close(slopes, torch.tensor([-share, 0.0]))
+
+
 def test_nan_and_infinities():
     u, v = randn(2, 4), randn(2, 3)
     u[1, 2] = torch.nan
@@ -282,7 +294,7 @@ def test_opcheck():
         torch.library.opcheck(ops._wasserstein_1d.default, (u, v, None, b, 3.0))
         for mask in ([True] * 2 + [False, True], [True] + [False] * 3):
             torch.library.opcheck(ops._wasserstein_1d_backward.default, (randn(2), u, v, None, b, 3.0, mask))
-        args = (u.detach(), v.detach(), None, b.detach(), True)
+        args = (u.detach(), v.detach(), None, b.detach(), True, grad)
         torch.library.opcheck(ops._wasserstein_1d_tree.default, args)
 
 

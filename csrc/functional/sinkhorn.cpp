@@ -2,9 +2,6 @@
 
 #include "core/op.h"
 
-#include <ATen/ops/cat.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 
@@ -78,11 +75,7 @@ Tensor SinkhornResult::apply(const Tensor& v, bool transpose) const {
 }
 
 Tensor SinkhornResult::barycentric_projection() const {
-  c10::SymDimVector sizes(g.sym_sizes().begin(), g.sym_sizes().end());
-  sizes.push_back(y.sym_size(-1));
-  const auto points = y.to(g.scalar_type()).expand_symint(sizes);
-  const auto image = apply(at::cat({points, at::ones_like(points.narrow(-1, 0, 1))}, -1));
-  return at::div(image.slice(-1, 0, -1), image.slice(-1, -1));
+  return call_solved("torch_divergence::sinkhorn_barycentric_projection", *this);
 }
 
 Tensor SinkhornResult::transport_cost() const {
@@ -106,6 +99,12 @@ std::pair<Tensor, SinkhornInfo> sinkhorn_divergence_with_info(const Tensor& x, c
 Tensor sinkhorn_ragged(const Tensor& x, const Tensor& x_offsets, const Tensor& y, const Tensor& y_offsets,
                        const OptionalTensor& a, const OptionalTensor& b, const SinkhornOptions& options) {
   return divergence(x, y, a, b, options, x_offsets, y_offsets).first;
+}
+
+std::pair<Tensor, SinkhornInfo> sinkhorn_ragged_with_info(const Tensor& x, const Tensor& x_offsets, const Tensor& y,
+                                                          const Tensor& y_offsets, const OptionalTensor& a,
+                                                          const OptionalTensor& b, const SinkhornOptions& options) {
+  return divergence(x, y, a, b, options, x_offsets, y_offsets);
 }
 
 SinkhornResult sinkhorn(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,

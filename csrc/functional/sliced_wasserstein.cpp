@@ -13,7 +13,7 @@ at::Tensor sliced_wasserstein(const at::Tensor& x, const at::Tensor& y, const st
                                std::optional<at::Generator>, std::string_view);
   static const auto op = typed_op<Signature>("torch_divergence::sliced_wasserstein");
   return op.call(x, y, a, b, options.p(), options.n_projections(), options.projections(), options.generator(),
-                 to_string(options.reduction()));
+                 to_string(options.reduction().value_or(Reduction::None)));
 }
 
 at::Tensor sliced_wasserstein(const at::Tensor& x, const at::Tensor& y, const std::optional<at::Tensor>& a,

@@ -1,6 +1,6 @@
 #include <torch_divergence/modules/sinkhorn.h>
 
-#include <c10/util/Exception.h>
+#include "modules/checks.h"
 
 #include <ostream>
 #include <utility>
@@ -8,23 +8,19 @@
 namespace torch_divergence {
 namespace {
 
-void check_no_init(const SinkhornOptions& options) {
-  TORCH_CHECK_VALUE(!options.init().has_value(),
-                    "init: was set in the options of a module, where it would be used for every batch; pass it to "
-                    "forward(..., init)");
-}
-
-SinkhornOptions with_mean(SinkhornOptions options) {
-  if (!options.reduction().has_value()) {
-    options.reduction(Reduction::Mean);
-  }
-  return options;
-}
+void check_no_init(const SinkhornOptions& options) { check_not_of_batch("init", options.init().has_value()); }
 
 void print(std::ostream& stream, const char* name, const SinkhornOptions& o) {
   stream << "torch_divergence::" << name << "(cost=" << to_string(o.cost());
   if (o.eps().has_value()) {
-    stream << ", eps=" << o.eps()->item();
+    const auto eps = o.eps()->detach().to(at::kCPU, at::kDouble).contiguous();
+    const at::ArrayRef<double> values(eps.const_data_ptr<double>(), static_cast<size_t>(eps.numel()));
+    stream << ", eps=";
+    if (eps.dim() == 0) {
+      stream << values[0];
+    } else {
+      stream << values;
+    }
   }
   if (o.blur().has_value()) {
     stream << ", blur=" << *o.blur();

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -18,9 +19,11 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "core/apply.h"
 #include "core/cuda_tensors.h"
@@ -202,7 +205,11 @@ std::array<bool, n> needed(AutogradContext* ctx, size_t first) {
 // Per problem of the batch: <gradient, tangent>. Ragged batches have no such sum in ATen that keeps digits.
 Tensor add_dot(const Tensor& total, const Tensor& gradient, const Tensor& tangent) {
   auto product = gradient.to(at::kDouble) * tangent.to(at::kDouble);
-  if (product.dim() > 1) product = product.flatten(1).sum(1);
+  if (product.dim() > 1) {
+    std::vector<int64_t> within(static_cast<size_t>(product.dim()) - 1);
+    std::iota(within.begin(), within.end(), 1);
+    product = product.sum(within);
+  }
   return total.defined() ? total + product : product;
 }
 
@@ -558,10 +565,13 @@ struct Prepared {
   Tensor without_batch(const Tensor& t) const { return batched ? t : t.squeeze(0); }
 };
 
-// What a zero vector has instead of a direction is itself, with derivative 0.
+// What a zero vector has instead of a direction is itself, with derivative 0. The squares are of coordinates up to 1:
+// others would overflow, or be lost. The direction does not depend on that scale, which is a constant.
 Tensor normalised(const Tensor& x) {
-  const auto square = (x * x).sum(-1, true), zero = square == 0;
-  return at::where(zero, at::zeros_like(x), x) / at::where(zero, at::ones_like(square), square).sqrt();
+  const auto largest = x.detach().abs().amax(-1, true), zero = largest == 0;
+  const auto scaled = at::where(zero, at::zeros_like(x), x) / at::where(zero, at::ones_like(largest), largest);
+  const auto square = (scaled * scaled).sum(-1, true);
+  return scaled / at::where(zero, at::ones_like(square), square).sqrt();
 }
 
 int64_t cost_of(const char* name, std::string_view cost) {
@@ -609,7 +619,8 @@ Prepared prepare(const char* name, const Tensor& x, const Tensor& y, const Optio
                         o.scalar_type(), " and shape ", o.sym_sizes(), ", expected int64 and (batch + 1,)");
       TORCH_CHECK_VALUE(o.device() == x.device(), name, ": ", argument, " is on ", o.device(), ", expected ",
                         x.device());
-      TORCH_CHECK_VALUE(o.sym_size(0) >= 1, name, ": ", argument, " is empty, expected (batch + 1,) entries");
+      TORCH_CHECK_VALUE(o.sym_size(0) >= 2, name, ": ", argument, " has ", o.sym_size(0),
+                        " entries, expected one more than problems: the points are those of one at least");
     }
     p.batch = x_offsets->sym_size(0) - 1;
     TORCH_CHECK_VALUE(y_offsets->sym_size(0) == x_offsets->sym_size(0), name, ": y_offsets has ",
@@ -645,19 +656,33 @@ Prepared prepare(const char* name, const Tensor& x, const Tensor& y, const Optio
 
 OptionalTensor prepare_init(const Prepared& p, const char* argument, const OptionalTensor& init, const Tensor& like) {
   if (!init.has_value()) return std::nullopt;
-  TORCH_CHECK_VALUE(init->dim() == 1 || init->dim() == 2, p.name, ": ", argument, " has shape ", init->sym_sizes(),
-                    ", expected that of the weights");
-  TORCH_CHECK_VALUE(init->sym_size(-1) == like.sym_size(-1), p.name, ": ", argument, " has shape ", init->sym_sizes(),
-                    ", expected that of the weights, ", like.sym_sizes());
-  return p.x_offsets.has_value() ? init->detach() : p.expanded(init->detach(), 1);
+  const auto atoms = like.sym_size(-1);
+  const bool ragged = p.x_offsets.has_value(), takes_batch = p.batched && !ragged;
+  TORCH_CHECK_VALUE(is_supported(init->scalar_type()), p.name, ": ", argument, " has dtype ", init->scalar_type(),
+                    ", expected float32, float64, bfloat16 or float16");
+  TORCH_CHECK_VALUE(init->layout() == at::kStrided, p.name, ": ", argument, " has layout ", init->layout(),
+                    ", expected a dense tensor");
+  TORCH_CHECK_VALUE(init->device() == p.x.device(), p.name, ": ", argument, " is on ", init->device(), ", expected ",
+                    p.x.device());
+  if (takes_batch) {
+    TORCH_CHECK_VALUE(
+        (init->dim() == 1 || (init->dim() == 2 && init->sym_size(0) == p.batch)) && init->sym_size(-1) == atoms, p.name,
+        ": ", argument, " has shape ", init->sym_sizes(), ", expected (", p.batch, ", ", atoms,
+        "), as the weights, or (", atoms, ",) for all problems");
+  } else {
+    TORCH_CHECK_VALUE(init->dim() == 1 && init->sym_size(0) == atoms, p.name, ": ", argument, " has shape ",
+                      init->sym_sizes(), ", expected (", atoms, ",), as the weights");
+  }
+  return ragged ? init->detach() : p.expanded(init->detach(), 1);
 }
 
 Tensor reduce(const char* name, const Tensor& value, std::string_view reduction) {
   if (reduction == "none") return value;
   if (reduction == "sum") return value.sum();
-  TORCH_CHECK_VALUE(reduction == "mean", name, ": reduction is \"", reduction,
-                    R"(", expected "none", "sum" or "mean")");
-  return value.mean();
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "batchmean", name, ": reduction is \"", reduction,
+                    R"(", expected "none", "sum", "mean" or "batchmean")");
+  // Not mean(): that of no problems is NaN.
+  return TORCH_GUARD_OR_FALSE(value.sym_numel().sym_eq(0)) ? value.sum() : value.mean();
 }
 
 using Divergence = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -788,7 +813,12 @@ Tensor sinkhorn_plan(const Tensor& x, const Tensor& y, const OptionalTensor& a, 
   if (s.cost == kCosine) {
     costs = 1 - s.x.matmul(s.y.mT());
   } else {
-    const auto square = (s.x.unsqueeze(-2) - s.y.unsqueeze(-3)).square().sum(-1);
+    // One dimension after the other: the differences of all are D times the plan.
+    Tensor square;
+    for (int64_t k = 0; k < s.x.sym_size(-1).guard_int(__FILE__, __LINE__); ++k) {
+      const auto term = (s.x.select(-1, k).unsqueeze(-1) - s.y.select(-1, k).unsqueeze(-2)).square();
+      square = k == 0 ? term : square + term;
+    }
     if (s.cost == kEuclidean) {
       const auto zero = square == 0;
       costs = at::where(zero, 0, at::where(zero, 1, square).sqrt());
@@ -817,6 +847,27 @@ Tensor sinkhorn_apply(const Tensor& v, const Tensor& x, const Tensor& y, const O
   const auto out = s.without_batch(plan_op().call(columns, s.x, s.y, s.a, s.b, s.eps, s.f, s.g, transpose, std::nullopt,
                                                   std::nullopt, s.cost, kHard, kHard));
   return is_vector ? out.squeeze(-1) : out;
+}
+
+// The points of y averaged over each row of the plan: weights softmax_j(log b_j + (g_j - C_ij)/eps), which exist where
+// a_i is 0 and where P_ij underflows.
+Tensor sinkhorn_barycentric_projection(const Tensor& x, const Tensor& y, const OptionalTensor& a,
+                                       const OptionalTensor& b, const Tensor& f, const Tensor& g, std::string_view cost,
+                                       const OptionalTensor& eps, std::optional<double> blur) {
+  const Solved s("sinkhorn_barycentric_projection", x, y, a, b, f, g, cost, eps, blur);
+  // The f of rows that sum to a_i, from one update. The average does not depend on it: a constant. So is what the
+  // solver moves from g to f, which is taken back.
+  const auto at_g = s.g.detach(), weight = s.b.detach().to(at::kDouble), mass = weight.sum(-1, true);
+  const auto solved =
+      solve_op().call(s.x.detach(), s.y.detach(), mass * s.uniform(s.x, s.x.sym_size(-2)), weight, s.eps.detach(), at_g,
+                      /*tol=*/0, /*max_iter=*/1, std::nullopt, std::nullopt, s.cost, kHard, kHard);
+  const auto& [value, own_f, moved_g, error, n_iter, converged] = solved;
+  const auto own = own_f - ((weight * (at_g - moved_g)).sum(-1, true) / mass).to(own_f.scalar_type());
+  const auto points = s.expanded(y.to(s.dtype), 2);
+  const auto sums =
+      plan_op().call(at::cat({points, at::ones_like(points.slice(-1, 0, 1))}, -1), s.x, s.y, at::ones_like(own), s.b,
+                     s.eps, own, s.g, /*transpose=*/false, std::nullopt, std::nullopt, s.cost, kHard, kHard);
+  return s.without_batch(sums.slice(-1, 0, -1) / sums.slice(-1, -1));
 }
 
 Tensor sinkhorn_transport_cost(const Tensor& x, const Tensor& y, const OptionalTensor& a, const OptionalTensor& b,
@@ -868,6 +919,7 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
   const auto def = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
   def("sinkhorn_plan(" + solved + ") -> Tensor");
   def("sinkhorn_apply(Tensor v, " + solved + ", bool transpose=False) -> Tensor");
+  def("sinkhorn_barycentric_projection(" + solved + ") -> Tensor");
   def("sinkhorn_transport_cost(" + solved + ") -> Tensor");
   def("_sinkhorn(" + problem + "Tensor? init, float tol, int max_iter, " + options + ") -> " + six);
   def("_sinkhorn_backward(Tensor grad, " + problem + "Tensor f, Tensor g, " + options + ", bool[5] mask) -> " + five);
@@ -890,6 +942,7 @@ void register_composites(torch::Library& m) {
   m.impl("sinkhorn_cost", sinkhorn_cost);
   m.impl("sinkhorn_plan", sinkhorn_plan);
   m.impl("sinkhorn_apply", sinkhorn_apply);
+  m.impl("sinkhorn_barycentric_projection", sinkhorn_barycentric_projection);
   m.impl("sinkhorn_transport_cost", sinkhorn_transport_cost);
 }
 }  // namespace

@@ -7,6 +7,7 @@
 //   OT   = min_P <P,C> + eps KL(P|a x b) + ra KL(r|a) + rb KL(c|b),      KL(p|q) = sum p log(p/q) - p + q
 //   dual = A(a,f,ra) + A(b,g,rb) - eps (m_P - m_a m_b),    A(a,f,ra) = -ra <a, exp(-f/ra) - 1>, or <a,f> if ra = inf
 //   at the optimum  r = a E_a,  c = b E_b,  E_a = exp(-f/ra) (1 if hard),  k_a = 1 + eps/ra
+//   C_ij may be infinite: W_ij = P_ij = 0
 //
 //   S = OT(a,b) - OT(a,a)/2 - OT(b,b)/2 + eps/2 (m_a - m_b)^2
 //
@@ -23,6 +24,7 @@
 // Second derivatives: see Linear in sinkhorn_solver.h.
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "core/cpu_dispatch.h"
 
@@ -37,8 +39,9 @@ namespace transport {
 // Columns are padded to this many, so that the kernels know no tail. Padding has weight 0.
 inline constexpr int64_t kPad = 16;
 inline constexpr double kLog2e = 1.4426950408889634;
-// In the place of log2(0): far below every score, and no infinity, which would subtract to NaN.
-inline constexpr double kNoScore = -1e30;
+// log2(0), the score of what has no weight. A search for the largest score starts at the lowest finite number instead,
+// from which infinities subtract to no NaN.
+inline constexpr double kNoScore = -std::numeric_limits<double>::infinity();
 
 // The pairs of one problem, seen from one side (rows). A is float or double, all arrays of A are of that type.
 struct Pairs {
@@ -81,11 +84,12 @@ struct PointGradient : SoftMin {
   void* gradient;  // A, (rows, dims)
 };
 
-// low_i = min_j C_ij + offset_j, high_i = max_j C_ij + offset_j over the columns of weight above 0.
+// low_i = min_j C_ij + offset_j, high_i = max_j C_ij + offset_j over the columns of weight above 0 and finite cost;
+// top_i is infinite where such a column's cost is.
 struct CostRange {
   Pairs pairs;
   const void* offset;  // A; kNoScore where b_j = 0
-  double *low, *high;
+  double *low, *high, *top;
 };
 
 // Sums over j of one weight a pair, which serves every derivative:
@@ -127,7 +131,8 @@ struct SmallSolve {
   int64_t dims;
   const int64_t *row_start, *col_start;
   const void *x, *y;   // A, (rows, dims) and (columns, dims)
-  const void* matrix;  // A: C (rows, columns) of one problem after another, all of one size
+  const void* matrix;  // A: C (rows, columns) of one problem after another, all of one size,
+  bool one_matrix;     // or one of them all
   const double *a, *b, *eps;
   const double* init;  // g (f where symmetric); null: none
   double rho_a, rho_b;

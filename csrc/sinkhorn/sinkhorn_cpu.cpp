@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "core/vec_exp2.h"
@@ -333,7 +334,7 @@ void soft_min_from_maximum(const SoftMin& call, int64_t i, double (&out)[kRows])
   const Vec<A> slope(static_cast<A>(-call.inv_eps * kLog2e * raw_scale(p)));
   Rows<A, kRows> tile;
   Vec<A> best[kRows], sum[kRows];
-  for (int r = 0; r < kRows; ++r) best[r] = Vec<A>(static_cast<A>(kNoScore)), sum[r] = Vec<A>(A(0));
+  for (int r = 0; r < kRows; ++r) best[r] = Vec<A>(std::numeric_limits<A>::lowest()), sum[r] = Vec<A>(A(0));
   for_tiles(
       p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
         raw_costs<A, kRows>(p, i, j, count, tile);
@@ -388,7 +389,7 @@ void soft_min_flat_rows(const SoftMinFlat& call, int64_t begin, int64_t end) {
     const auto scores = [&](int64_t l, int64_t j) __attribute__((always_inline)) {
       return fmadd(load<A>(tile[0] + l), minus_scale, load<A>(g + j + l));
     };
-    Vec<A> best(static_cast<A>(kNoScore));
+    Vec<A> best(std::numeric_limits<A>::lowest());
     for_tiles(
         p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
           raw_costs<A, 1>(p, i, j, count, tile);
@@ -416,23 +417,27 @@ void cost_range_rows(const CostRange& call, int64_t begin, int64_t end) {
   const Pairs& p = call.pairs;
   const A* const offset = static_cast<const A*>(call.offset);
   const Vec<A> scale(static_cast<A>(raw_scale(p))), none(static_cast<A>(kNoScore));
+  const Vec<A> infinite = none.neg();
   Rows<A, kRows> tile;
   for (int64_t i = begin; i < end; i += kRows) {
-    Vec<A> low[kRows], high[kRows];
-    for (int r = 0; r < kRows; ++r) low[r] = none.neg(), high[r] = none;
+    Vec<A> low[kRows], high[kRows], top[kRows];
+    for (int r = 0; r < kRows; ++r) low[r] = infinite, high[r] = top[r] = none;
     for_tiles(
         p, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
           raw_costs<A, kRows>(p, i, j, count, tile);
           for (int r = 0; r < kRows; ++r)
             for (int64_t l = 0; l < count; l += kLanes<A>) {
-              const Vec<A> o = load<A>(offset + j + l), c = fmadd(load<A>(tile[r] + l), scale, o), absent = o == none;
-              low[r] = min_of(select(absent, none.neg(), c), low[r]);
-              high[r] = max_of(select(absent, none, c), high[r]);
+              const Vec<A> o = load<A>(offset + j + l),
+                           c = select(o == none, none, fmadd(load<A>(tile[r] + l), scale, o));
+              low[r] = min_of(select(o == none, infinite, c), low[r]);
+              high[r] = max_of(select(c < infinite, c, none), high[r]);
+              top[r] = max_of(c, top[r]);
             }
         });
     for (int64_t r = 0; r < std::min<int64_t>(kRows, end - i); ++r) {
       call.low[i + r] = static_cast<double>(min_lane(low[r]));
       call.high[i + r] = static_cast<double>(max_lane(high[r]));
+      call.top[i + r] = static_cast<double>(max_lane(top[r]));
     }
   }
 }
@@ -606,8 +611,9 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
   const A* const x = static_cast<const A*>(p.x);
   const Vec<A> zero(A(0)), one(A(1)), scale(static_cast<A>(raw_scale(p))), inv_eps(static_cast<A>(call.inv_eps)),
       log2e(static_cast<A>(kLog2e)), ln2(static_cast<A>(1 / kLog2e));
-  // Only between two weightless atoms can e^z overflow and P become 0 * inf: z is cut where no other pair comes.
-  const Vec<A> cut(static_cast<A>(sizeof(A) == 4 ? 80. : 300.));
+  // Only between two weightless atoms can e^z overflow and P become 0 * inf: z is cut where no other pair comes. Below
+  // the floor e^z is 0, and stays so when multiplied by z: infinite costs are there.
+  const Vec<A> cut(static_cast<A>(sizeof(A) == 4 ? 80. : 300.)), floor(A(-1e4));
   const bool points = p.cost != kCostMatrix, euclidean = p.cost == kEuclidean;
   const bool moves = points && (call.vx != nullptr || call.vy != nullptr);
   const bool wants_d = call.lambda != 0 && (moves || call.v_matrix != nullptr || call.veps != 0);
@@ -640,7 +646,8 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
       };
       each([&](int64_t l) __attribute__((always_inline)) {
         const Vec<A> c = load<A>(raw[0] + l) * scale;
-        const Vec<A> z = min_of((f + (load_or_zero<A>(call.g, j + l) - c)) * inv_eps, cut);
+        // Of a NaN min_of and max_of take the second.
+        const Vec<A> z = max_of(floor, min_of(cut, (f + (load_or_zero<A>(call.g, j + l) - c)) * inv_eps));
         z.store(exponent + l);
         exp2_of(z * log2e).store(weight + l);
       });
@@ -691,7 +698,7 @@ void pair_sweep_rows(const PairSweep& call, int64_t begin, int64_t end) {
       each([&](int64_t l) __attribute__((always_inline)) {
         const Vec<A> q = load<A>(weight + l);
         part_sum = part_sum + q;
-        part_cost = fmadd(q, load<A>(raw[0] + l), part_cost);
+        part_cost = fmadd(q, select(q == zero, zero, load<A>(raw[0] + l)), part_cost);
         part_z = fmadd(q, load<A>(exponent + l), part_z);
       });
       sum += sum_of(part_sum);

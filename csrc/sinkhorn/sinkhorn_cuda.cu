@@ -35,6 +35,8 @@ constexpr int kAnyDims = 0, kMatrix = -1;  // for D, the dimensions that the com
 
 template <class A>
 inline constexpr A kNothing = static_cast<A>(kNoScore);
+template <class A>
+inline constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 __host__ __device__ constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -148,7 +150,7 @@ struct Lane {
 template <class A>
 struct SoftMinRow {
   static constexpr int kSize = 2;
-  A max = kNothing<A>;
+  A max = kLowest<A>;
   Sum<A> sum;
 
   __device__ __forceinline__ void add(const View<A>& p, const A (&c)[kColumns], const Lane<A>& lane, double inv_eps) {
@@ -178,7 +180,7 @@ struct SoftMinRow {
   }
 };
 struct SoftMinSums {
-  double max = kNoScore, sum = 0;
+  double max = kLowest<double>, sum = 0;
   __device__ void add(const double (&x)[2]) {
     const double top = larger(max, x[0]);
     sum = sum * std::exp2(max - top) + x[1] * std::exp2(x[0] - top);
@@ -193,7 +195,7 @@ struct SoftMinSums {
 template <class A>
 struct FlatRow {
   static constexpr int kSize = 3;
-  A max = kNothing<A>;
+  A max = kLowest<A>;
   Sum<A> sum, weight;
 
   __device__ __forceinline__ void add(const View<A>& p, const A (&c)[kColumns], const Lane<A>& lane, double inv_eps) {
@@ -236,7 +238,7 @@ struct FlatRow {
   }
 };
 struct FlatSums {
-  double max = kNoScore, sum = 0, weight = 0;
+  double max = kLowest<double>, sum = 0, weight = 0;
   __device__ void add(const double (&x)[3], double inv_eps) {
     const double top = larger(max, x[0]), d = std::expm1((max - top) * inv_eps), e = std::expm1((x[0] - top) * inv_eps);
     sum = (sum * (1 + d) + weight * d) + (x[1] * (1 + e) + x[2] * e);
@@ -246,26 +248,29 @@ struct FlatSums {
   __device__ double value(double inv_eps) const { return max + std::log1p(sum) / inv_eps; }
 };
 
-// min_j and max_j C_ij + offset_j over the columns of weight above 0. Of the smallest, its negative.
+// min_j and max_j C_ij + offset_j over the columns of weight above 0 and finite cost, and the largest whether finite or
+// not. Of the smallest, its negative.
 template <class A>
 struct RangeRow {
-  static constexpr int kSize = 2;
-  A low = kNothing<A>, high = kNothing<A>;
+  static constexpr int kSize = 3;
+  A low = kNothing<A>, high = kNothing<A>, top = kNothing<A>;
 
   __device__ __forceinline__ void add(const View<A>& p, const A (&c)[kColumns], const Lane<A>& lane, double) {
 #pragma unroll
     for (int v = 0; v < kColumns; ++v) {
       if (lane.score[v] == kNothing<A>) continue;
       const A cost = std::fma(c[v], p.scale, lane.score[v]);
-      low = -cost > low ? -cost : low, high = cost > high ? cost : high;
+      low = -cost > low ? -cost : low, top = cost > top ? cost : top;
+      high = cost > high && cost < -kNothing<A> ? cost : high;
     }
   }
   __device__ static void merge(const Team& warp, RangeRow (&rows)[kRows], double (&out)[kRows][kSize]) {
-    A ends[2 * kRows];
-    for (int r = 0; r < kRows; ++r) ends[r] = rows[r].low, ends[kRows + r] = rows[r].high;
+    A ends[kSize * kRows];
+    for (int r = 0; r < kRows; ++r)
+      ends[r] = rows[r].low, ends[kRows + r] = rows[r].high, ends[2 * kRows + r] = rows[r].top;
     warp.max(ends);
     for (int r = 0; r < kRows; ++r)
-      out[r][0] = static_cast<double>(ends[r]), out[r][1] = static_cast<double>(ends[kRows + r]);
+      for (int n = 0; n < kSize; ++n) out[r][n] = static_cast<double>(ends[n * kRows + r]);
   }
 };
 
@@ -277,11 +282,12 @@ enum class Pass : int { Range, SoftMin, Flat };
 // What is kept of a problem from one launch to the next.
 struct Slot {
   Progress progress;
-  double low, high;  // the range of its costs
+  double low, high;  // the range of its finite costs
+  bool all_finite;   // no other costs are there
   bool started;      // the range is known
 
   __device__ Pass pass() const {
-    return !started ? Pass::Range : progress.pass_eps > high - low ? Pass::Flat : Pass::SoftMin;
+    return !started ? Pass::Range : all_finite && progress.pass_eps > high - low ? Pass::Flat : Pass::SoftMin;
   }
   __device__ Side side() const { return started ? progress.side : Side::Rows; }
   __device__ int status() const { return progress.converged ? kSinkhornConverged : kSinkhornStopped; }  // once done
@@ -391,7 +397,7 @@ class Work {
     } else {
       collect_range(block, slot);
       slot.started = true;
-      iteration.start(slot.low, slot.high, solver_.call.warm);
+      iteration.start(slot.low, slot.high, slot.all_finite, solver_.call.warm);
     }
     if (!slot.progress.done) {
       prepare(block, slot);
@@ -487,7 +493,7 @@ class Work {
         return task.a[i] > 0 ? top + sign * row_offset(Side::Rows, i) : kNoScore;
       });
     };
-    slot.low = -end(0, -1), slot.high = end(1, 1);
+    slot.low = -end(0, -1), slot.high = end(1, 1), slot.all_finite = end(2, 1) < -kNoScore;
   }
 
   // The soft c-transform of a pass.
@@ -646,8 +652,9 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
   const int64_t entry_of_row = start * cols + (i - start) * p.row_stride;
 
   const A scale = p.cost == kHalfSqEuclidean ? A(0.5) : A(1), inv_eps = static_cast<A>(1 / batch.eps[problem]);
-  // Only between two weightless atoms can e^z overflow and P become 0 * inf: z is cut where no other pair comes.
-  const A cut = sizeof(A) == 4 ? A(80) : A(300);
+  // Only between two weightless atoms can e^z overflow and P become 0 * inf: z is cut where no other pair comes. Below
+  // the floor e^z is 0, and stays so when multiplied by z: infinite costs are there.
+  const A cut = sizeof(A) == 4 ? A(80) : A(300), floor = A(-1e4);
   const bool points = p.cost != kCostMatrix, euclidean = p.cost == kEuclidean;
   const bool moves = points && (k.vx != nullptr || k.vy != nullptr);
   const bool wants_d = k.lambda != 0 && (moves || k.v_matrix != nullptr || k.veps != 0), second = k.second && moves;
@@ -691,7 +698,9 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
       if (j >= cols) continue;
       A along = 0;
       const A raw = raw_cost(j, along), c = raw * scale, exponent = exponent_of(j, c) - largest[0],
-              z = exponent > cut ? cut : exponent;
+              z = exponent > cut     ? cut
+                  : exponent < floor ? floor
+                                     : exponent;
       const A e = exp2_of(z * static_cast<A>(kLog2e)), b = static_cast<const A*>(k.b)[col];
       // The factor of x - y in d1C.
       const A factor = euclidean ? (raw > 0 ? 1 / raw : A(0)) : p.cost == kSqEuclidean ? A(2) : A(1);
@@ -711,7 +720,7 @@ __global__ void __launch_bounds__(kThreads) pair_sweep(const PairSweep k, const 
         if (euclidean) pull[v] -= plan * along * factor * factor * factor;
       }
       sum.add(q);
-      sum_cost.add(q * c);
+      sum_cost.add(q == 0 ? q : q * c);
       sum_z.add(q * z);
       if (k.entropy != nullptr) entropy.add(b * entropy_density(z, e));
       if (k.matrix_out != nullptr) static_cast<A*>(k.matrix_out)[entry_of_row + j * p.col_stride] = q;

@@ -111,6 +111,7 @@ struct ProgressOf {
   Real marginal_error, value;
 
   Real mass_a, mass_b, cost_size;
+  Mask all_finite;
   Count coarse;  // iterations that anneal
   Real shift;
   // Of Anderson acceleration.
@@ -134,14 +135,15 @@ class Iteration {
   TD_TEAM Iteration(const Team& team, const TaskOf<Real>& task, ProgressOf<Real>& progress)
       : team_(team), p_(task), s_(progress) {}
 
-  // Costs between pairs of positive weight. warm: g (f where symmetric) is given, and there is no annealing; else it
-  // is set to 0.
-  TD_TEAM void start(const Real& cost_low, const Real& cost_high, bool warm) {
+  // Finite costs between pairs of positive weight; all_finite: there are no others. warm: g (f where symmetric) is
+  // given, and there is no annealing; else it is set to 0.
+  TD_TEAM void start(const Real& cost_low, const Real& cost_high, const Mask& all_finite, bool warm) {
     using std::abs;
     s_ = {};
     s_.mass_a = sum(p_.n, [&](int64_t i) { return p_.a[i]; });
     s_.mass_b = sum(p_.m, [&](int64_t j) { return p_.b[j]; });
     s_.cost_size = larger(Real(abs(cost_low)), Real(abs(cost_high)));
+    s_.all_finite = all_finite;
     s_.best = kNone, s_.best_dual = -kNone, s_.wait = 2;
     s_.pass_eps = p_.eps;
     if (!warm) {
@@ -178,7 +180,7 @@ class Iteration {
   static constexpr double kNone = std::numeric_limits<double>::infinity();
 
   // spread, spread/4, ... while above eps: one iteration each. The coarsest are left out where max_iter is too small.
-  // Costs that are not finite have no schedule.
+  // Where no cost is finite there is no schedule.
   TD_TEAM void anneal(const Real& spread) {
     Real first = spread;
     for (Real eps = spread;; eps = eps / 4) {
@@ -247,7 +249,7 @@ class Iteration {
     if (any(fine)) {
       set(fine, s_.marginal_error,
           larger(marginal_error(p_.m, p_.b, p_.g, s_.mass_b, p_.rho_b), Real(abs(expm1(s_.shift / p_.rho_a)))));
-      s_.converged = (s_.converged & !fine) | (fine & (s_.marginal_error <= larger(Real(p_.tol), float_floor(p_.g))));
+      s_.converged = (s_.converged & !fine) | (fine & is_within(larger(Real(p_.tol), float_floor(p_.g))));
       const Mask last = fine & is_last(), steps = fine & !last;
       if (any(last)) finish(last);
       if (any(steps)) {
@@ -271,7 +273,7 @@ class Iteration {
   TD_TEAM void finish(const Mask& last) {
     // The soft c-transform, which gives the one-sided derivative.
     team_.each(p_.m, [&](int64_t j) { set(last & !(p_.b[j] > Real(0)), p_.g[j], p_.update[j]); });
-    set(last, s_.value, dual_of_update());
+    set(last, s_.value, known(dual_of_update()));
     if (p_.balanced()) {
       const Real of_g = sum(p_.m, [&](int64_t j) { return p_.b[j] * p_.g[j]; }),
                  of_f = sum(p_.n, [&](int64_t i) { return p_.a[i] * p_.f[i]; }),
@@ -288,7 +290,7 @@ class Iteration {
     scale_update(on, p_.n, F, p_.rho_a);
     if (any(fine)) {
       set(fine, s_.marginal_error, marginal_error(p_.n, p_.a, f, s_.mass_a, p_.rho_a));
-      s_.converged = (s_.converged & !fine) | (fine & (s_.marginal_error <= larger(Real(p_.tol), float_floor(f))));
+      s_.converged = (s_.converged & !fine) | (fine & is_within(larger(Real(p_.tol), float_floor(f))));
       const Mask last = fine & is_last();
       if (any(last)) {
         team_.each(p_.n, [&](int64_t i) {
@@ -296,7 +298,7 @@ class Iteration {
           set(last, p_.g[i], f[i]);
         });
         const Real k = k_of(p_.eps, p_.rho_a);
-        set(last, s_.value, dual_value([&](int64_t i) { return (f[i] - k * F[i]) / p_.eps; }));
+        set(last, s_.value, known(dual_value([&](int64_t i) { return (f[i] - k * F[i]) / p_.eps; })));
         s_.done = s_.done | last;
       }
     }
@@ -334,13 +336,23 @@ class Iteration {
     return (log_mass(p_.n, p_.a, p_.f, p_.rho_a) - log_mass(p_.m, p_.b, g, p_.rho_b)) / (1 / p_.rho_a + 1 / p_.rho_b);
   }
 
-  // |c - b E_b|_1/<b, E_b> without a pass, from the update of g: c_j = b_j E_j exp(k_b (g_j - update_j)/eps).
+  TD_TEAM Mask is_within(const Real& bound) const {
+    return is_finite(s_.marginal_error) & (s_.marginal_error <= bound);
+  }
+  // NaN where the error is.
+  TD_TEAM Real known(const Real& value) const {
+    return where(s_.marginal_error == s_.marginal_error, value, s_.marginal_error);
+  }
+
+  // |c - b E_b|_1/<b, E_b> without a pass, from the update of g: c_j = b_j E_j exp(k_b (g_j - update_j)/eps). NaN where
+  // an atom of positive weight can meet no other, for which its update is infinite.
   TD_TEAM Real marginal_error(int64_t m, const Real* b, const Real* g, const Real& mass, double rho) const {
     using std::abs, std::exp, std::expm1, std::log;
     const Real k = k_of(p_.eps, rho);
     const Real* const G = p_.update;
     const auto of_weighted = [&](int64_t j, const Real& share) {
-      return where(b[j] > Real(0), Real(share * abs(expm1(k * (g[j] - G[j]) / p_.eps))), Real(0));
+      const Real gap = k * (g[j] - G[j]) / p_.eps;
+      return where(b[j] > Real(0), Real(share * abs(expm1(gap)) + (gap - gap)), Real(0));
     };
     if (std::isinf(rho)) return sum(m, [&](int64_t j) { return of_weighted(j, b[j]); }) / mass;
     const Real total = log_mass(m, b, g, rho);
@@ -348,10 +360,12 @@ class Iteration {
   }
 
   // The error below which rounding decides: that of the largest term of a score, over eps. Balanced masses that differ
-  // by what is allowed are a floor too: no plan has both marginals.
+  // by what is allowed are a floor too: no plan has both marginals. Infinite costs may leave no plan, and potentials
+  // that grow forever: they say nothing then.
   TD_TEAM Real float_floor(const Real* g) const {
     using std::abs;
-    const Real scale = larger(larger(largest(p_.n, p_.a, p_.f), largest(p_.m, p_.b, g)), s_.cost_size);
+    const Real potentials = larger(largest(p_.n, p_.a, p_.f), largest(p_.m, p_.b, g)),
+               scale = where(s_.all_finite, larger(potentials, s_.cost_size), s_.cost_size);
     const Real floor = 2 * p_.rounding * scale / p_.eps;
     return p_.balanced() ? Real(floor + abs(s_.mass_a / s_.mass_b - 1)) : floor;
   }

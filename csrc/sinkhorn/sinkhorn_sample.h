@@ -99,27 +99,29 @@ class Sample {
   // What cosine adds to the cost of the points of a side: 1/2 for a zero vector.
   const Vector& offset(Side side) const { return side == Side::Rows ? offset_x_ : offset_y_; }
 
-  // The extremes of C over pairs of positive weight.
+  // The extremes of C over pairs of positive weight and finite cost.
   void set_cost_range(Problem& p) const {
-    CostRange call{pairs(Side::Rows), nullptr, nullptr, nullptr};
-    Vector low(static_cast<size_t>(n_)), high(low);
+    CostRange call{pairs(Side::Rows), nullptr, nullptr, nullptr, nullptr};
+    Vector low(static_cast<size_t>(n_)), high(low), top(low);
     const auto offset = columns(m_, kNoScore, [&](size_t j) { return p.b[j] > 0 ? offset_y_[j] : kNoScore; });
     call.offset = offset.data();
     call.low = low.data();
     call.high = high.data();
+    call.top = top.data();
     run_rows(TD_CPU_KERNEL(sinkhorn_cost_range), call);
     p.cost_low = -kNoScore, p.cost_high = kNoScore;
     for (size_t i = 0; i < low.size(); ++i)
       if (p.a[i] > 0) {
         p.cost_low = std::min(p.cost_low, low[i] + offset_x_[i]);
         p.cost_high = std::max(p.cost_high, high[i] + offset_x_[i]);
+        p.all_finite = p.all_finite && top[i] < -kNoScore;
       }
   }
 
   // The soft c-transform onto `side` of a problem over these pairs. out: going in, the potential of that side so far.
   void soft_min(const Problem& p, Side side, const Vector& potential, double eps, Vector& out) {
     const bool rows = side == Side::Rows;
-    if (eps > p.spread()) {
+    if (p.is_flat(eps)) {
       const Vector &weight = rows ? p.b : p.a, &row_offset = rows ? offset_x_ : offset_y_,
                    &col_offset = rows ? offset_y_ : offset_x_;
       const int64_t cols = rows ? m_ : n_;

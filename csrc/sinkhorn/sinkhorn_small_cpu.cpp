@@ -2,6 +2,7 @@
 // vector, because a loop over so few atoms would leave its lanes empty. Compiled once per instruction set
 // (CPU_CAPABILITY). All but the exponentials is in double; costs are computed once.
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "core/vec_exp2.h"
@@ -13,6 +14,7 @@ namespace {
 
 using namespace transport;
 using D = Vec<double>;
+constexpr double kLowest = std::numeric_limits<double>::lowest();
 
 // Two vectors: what the arithmetic on one waits for leaves time for the other. In float they are one.
 constexpr int kProblems = 2 * kLanes<double>;
@@ -145,7 +147,7 @@ class Group {
     const OneThread<Lanes> team;
     ProgressOf<Lanes> progress;
     Iteration<OneThread<Lanes>, Lanes> iteration(team, task, progress);
-    for (iteration.start(low_, high_, call_.init != nullptr); any(!progress.done); iteration.advance()) {
+    for (iteration.start(low_, high_, all_finite_, call_.init != nullptr); any(!progress.done); iteration.advance()) {
       const bool of_rows = progress.side == Side::Rows, to_f = of_rows && !call_.symmetric;
       soft_min(of_rows, progress.pass_eps, progress.takes_part, to_f ? g_ : f_, to_f ? f_ : update_);
     }
@@ -207,7 +209,10 @@ class Group {
     const A* const from = static_cast<const A*>(call_.matrix);
     gather(
         n_ * m_,
-        [&](int64_t s, int64_t l) { return static_cast<double>(from[(call_.row_start[s] + l / m_) * m_ + l % m_]); },
+        [&](int64_t s, int64_t l) {
+          const int64_t row = (call_.one_matrix ? 0 : call_.row_start[s]) + l / m_;
+          return static_cast<double>(from[row * m_ + l % m_]);
+        },
         [&](int64_t l, Lanes c) { cost_[l] = c; });
   }
   void read_points() {
@@ -245,13 +250,14 @@ class Group {
       }
   }
   void set_cost_range() {
-    low_ = -kNoScore, high_ = kNoScore;
+    low_ = kInf<double>, high_ = -kInf<double>, all_finite_ = true;
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < m_; ++j) {
         const Lanes c = cost_[i * m_ + j];
-        const Mask counts = (a_[i] > Lanes(0)) & (b_[j] > Lanes(0));
+        const Mask counts = (a_[i] > Lanes(0)) & (b_[j] > Lanes(0)), infinite = c == Lanes(kInf<double>);
         low_ = where(counts & (c < low_), c, low_);
-        high_ = where(counts & (c > high_), c, high_);
+        high_ = where(counts & !infinite & (c > high_), c, high_);
+        all_finite_ = all_finite_ & !(counts & infinite);
       }
   }
 
@@ -260,14 +266,14 @@ class Group {
     const int64_t n = of_rows ? n_ : m_, m = of_rows ? m_ : n_, row = of_rows ? m_ : 1, col = of_rows ? 1 : m_;
     const Lanes* const log_weight = of_rows ? log_b_ : log_a_;
     const Lanes per_eps = kLog2e / eps, unit = -eps / kLog2e;
-    const Mask flat = on & (eps > high_ - low_);
+    const Mask flat = on & all_finite_ & (eps > high_ - low_);
     Lanes score[kSmallAtoms], top[kSmallAtoms], sum[kSmallAtoms];
     for (int64_t j = 0; j < m; ++j)
       score[j] = where(log_weight[j] > Lanes(kNoScore), log_weight[j] + potential[j] * per_eps, Lanes(kNoScore));
     for (int64_t i = 0; i < n; ++i) {
       const Lanes* const cost = cost_ + i * row;
       Lanes z[kSmallAtoms];
-      top[i] = kNoScore;
+      top[i] = kLowest;
       for (int64_t j = 0; j < m; ++j) {
         z[j] = score[j] - cost[j * col] * per_eps;
         top[i] = max_of(z[j], top[i]);
@@ -299,7 +305,7 @@ class Group {
   Lanes flat_soft_min(bool of_rows, const Lanes* cost, int64_t col, const Lanes& eps, const Lanes* potential) const {
     const int64_t m = of_rows ? m_ : n_;
     const Lanes* const weight = of_rows ? b_ : a_;
-    Lanes best = kNoScore, sum = 0, mass = 0;
+    Lanes best = kLowest, sum = 0, mass = 0;
     for (int64_t j = 0; j < m; ++j) {
       const Lanes gain = where(weight[j] > Lanes(0), potential[j] - cost[j * col], Lanes(kNoScore));
       best = max_of(gain, best);
@@ -315,6 +321,7 @@ class Group {
   const SmallSolve& call_;
   int64_t first_ = 0, count_ = 0, n_ = 0, m_ = 0;
   Lanes eps_, low_, high_;
+  Mask all_finite_;
   Lanes a_[kSmallAtoms], b_[kSmallAtoms], log_a_[kSmallAtoms], log_b_[kSmallAtoms];
   Lanes cost_[kSmallAtoms * kSmallAtoms];
   Lanes f_[kSmallAtoms], g_[kSmallAtoms], update_[kSmallAtoms], residual_[kSmallAtoms], last_r_[kSmallAtoms],

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -40,7 +41,7 @@ Solution solve(const Problem& p, double tol, int64_t max_iter, const Vector& ini
   const OneThread<double> team;
   Progress progress;
   Iteration iteration(team, task, progress);
-  for (iteration.start(p.cost_low, p.cost_high, !init.empty()); !progress.done; iteration.advance()) {
+  for (iteration.start(p.cost_low, p.cost_high, p.all_finite, !init.empty()); !progress.done; iteration.advance()) {
     const bool of_g = progress.side == Side::Rows && !p.symmetric;
     p.soft_min(progress.side, of_g ? s.g : s.f, progress.pass_eps, of_g ? s.f : update);
   }
@@ -110,14 +111,22 @@ void Linear::solve(const Vector& p, const Vector& q, Vector& df, Vector& dg) con
   };
 
   Vector residual = down(over_rows(p)), s(m), direction(m);
-  for (size_t j = 0; j < m; ++j) residual[j] = b[j] * (q[j] - residual[j]);
+  double size = 0;
+  for (size_t j = 0; j < m; ++j) {
+    size = std::max(size, b[j] * (std::abs(q[j]) + std::abs(residual[j])));
+    residual[j] = b[j] * (q[j] - residual[j]);
+  }
   project(residual);
   dg.assign(m, 0);
   for (size_t j = 0; j < m; ++j) direction[j] = s[j] = residual[j] / diagonal_[j];
   project(direction);
-  double rs = dot(residual, s);
-  const double stop = 1e-14 * largest_of(residual);
-  const auto steps = 20 * static_cast<int64_t>(m) + 100;
+  double rs = dot(residual, s), least = largest_of(residual);
+  const double stop = 1e-14 * least;
+  // Between atoms that do not touch, matrix and residual are rounding alone: nothing is to be solved then, and where
+  // gradients lead away from a solution the best of them is taken.
+  const bool is_noise = least <= 8 * std::numeric_limits<double>::epsilon() * size;
+  Vector best = dg;
+  const auto steps = is_noise ? 0 : 20 * static_cast<int64_t>(m) + 100;
   for (int64_t step = 0; step < steps && largest_of(residual) > stop; ++step) {
     Vector image = down(over_rows(across(direction)));
     for (size_t j = 0; j < m; ++j) image[j] = b[j] * (cols_[j] * direction[j] - image[j]);
@@ -129,11 +138,16 @@ void Linear::solve(const Vector& p, const Vector& q, Vector& df, Vector& dg) con
       residual[j] -= length * image[j];
     }
     project(residual);
+    if (const double left = largest_of(residual); left < least) {
+      least = left;
+      best = dg;
+    }
     for (size_t j = 0; j < m; ++j) s[j] = residual[j] / diagonal_[j];
     const double previous = std::exchange(rs, dot(residual, s));
     for (size_t j = 0; j < m; ++j) direction[j] = s[j] + rs / previous * direction[j];
     project(direction);
   }
+  dg = best;
   df = across(dg);
   for (size_t i = 0; i < n; ++i) df[i] = (p[i] - df[i]) / rows_[i];
   const Vector back = down(df);

@@ -19,8 +19,9 @@ struct Problem {
   double eps = 1;
   double rho_a = std::numeric_limits<double>::infinity(), rho_b = rho_a;
   bool symmetric = false;
-  // Over pairs of positive weight.
+  // Over pairs of positive weight, infinite costs left out.
   double cost_low = 0, cost_high = 0;
+  bool all_finite = true;
   // Unit of rounding of the arithmetic on pairs.
   double rounding = 0;
   // out = the soft c-transform onto `side`, at this eps. For the rows: -eps log sum_j b_j exp((g_j - C_ij)/eps). Going
@@ -28,7 +29,8 @@ struct Problem {
   std::function<void(Side side, const Vector& potential, double eps, Vector& out)> soft_min;
 
   bool balanced() const;
-  double spread() const { return cost_high - cost_low; }
+  // Above the spread of all costs?
+  bool is_flat(double at_eps) const { return all_finite && at_eps > cost_high - cost_low; }
 };
 
 struct Solution {

@@ -10,6 +10,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <string_view>
@@ -59,14 +60,24 @@ Tensor sliced_wasserstein(const Tensor& x, const Tensor& y, const OptionalTensor
   const auto directions = projections.has_value()
                               ? projections->to(dtype)
                               : random_directions(n_projections, dimension, generator, x.options().dtype(dtype));
+  // About a common centre, to which the distance is indifferent: far from it projections would lose digits. A constant,
+  // on a grid of a power of 2 as coarse as the clouds are large: the differences take no digits that were not there.
+  const auto wide_x = clouds.x.to(dtype), wide_y = clouds.y.to(dtype);
+  const auto mean = wide_x.detach().mean(-2, true);
+  const auto size_about_mean = [&](const Tensor& points) {
+    return (points.detach() - mean).abs().amax({-2, -1}, true);
+  };
+  const auto grid = size_about_mean(wide_x).maximum(size_about_mean(wide_y)).log2().floor().exp2();
+  const auto rounded = (mean / grid).round() * grid;
+  const auto centre = at::where(rounded.isfinite(), rounded, 0);
   const auto project = [&](const Tensor& points) {
-    return at::matmul(directions, points.to(dtype).mT());
+    return at::matmul(directions, (points - centre).mT());
   };  // (*B, L, N)
   const auto of_slices = [&](const OptionalTensor& weights, const Tensor& projected) {
     return weights.has_value() ? OptionalTensor(weights->unsqueeze(-2).expand_symint(projected.sym_sizes()))
                                : std::nullopt;
   };
-  const auto u = project(clouds.x), v = project(clouds.y);
+  const auto u = project(wide_x), v = project(wide_y);
   using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, int64_t,
                            std::string_view);
   static const auto wasserstein_1d = typed_op<Signature>("torch_divergence::wasserstein_1d");

@@ -65,10 +65,11 @@ Tensors4 backward_of(const Tensor& grad, const Tensor& u, const Tensor& v, const
   return op.call(grad, u, v, a, b, p, mask);
 }
 
-Tensors2 tree_of(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
-  using Signature = Tensors2(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool);
+Tensors2 tree_of(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first,
+                 bool exact) {
+  using Signature = Tensors2(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool, bool);
   static const auto op = typed_op<Signature>("torch_divergence::_wasserstein_1d_tree");
-  return op.call(u, v, a, b, u_first);
+  return op.call(u, v, a, b, u_first, exact);
 }
 
 // -- Both sides of a row --------------------------------------------------------------------------------------------
@@ -134,13 +135,13 @@ class CudaLines {
         p_(p),
         uniform_(!a.has_value() && !b.has_value()) {}
 
-  LineRows with_own(bool u) const {
+  LineRows with_own(bool u, bool exact = false) const {
     const auto dtype = u_.positions.scalar_type();
     const double epsilon = dtype == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                 : static_cast<double>(std::numeric_limits<float>::epsilon());
     const SortedRows of_u = u_.rows(), of_v = v_.rows();
-    return {u ? of_u : of_v, u ? of_v : of_u, p_, uniform_ ? 0 : rounding_of_masses(of_u.size + of_v.size, epsilon),
-            mass_tolerance(dtype)};
+    return {u ? of_u : of_v, u ? of_v : of_u, p_,
+            uniform_ || exact ? 0 : rounding_of_masses(of_u.size + of_v.size, epsilon), mass_tolerance(dtype)};
   }
 
  private:
@@ -198,10 +199,11 @@ Tensors4 backward_cuda(const Tensor& grad, const Tensor& u, const Tensor& v, con
   return {out[0], out[1], out[2], out[3]};
 }
 
-Tensors2 tree_cuda(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
+Tensors2 tree_cuda(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first,
+                   bool exact) {
   auto [rows, cols] = empty_tree(u, v);
-  const LineTree call{CudaLines(u, v, a, b, 1).with_own(true), u_first, rows.template mutable_data_ptr<int64_t>(),
-                      cols.template mutable_data_ptr<int64_t>()};
+  const LineTree call{CudaLines(u, v, a, b, 1).with_own(true, exact), u_first,
+                      rows.template mutable_data_ptr<int64_t>(), cols.template mutable_data_ptr<int64_t>()};
   run_on_cuda([](const LineTree& k, int64_t count, double*,
                  cuda::Stream stream) { cuda::wasserstein_1d_tree(k, count, stream); },
               call, row_count(u), 0, u);
@@ -265,9 +267,10 @@ Tensors4 backward_dense(const Tensor& grad, const Tensor& u, const Tensor& v, co
   return {out[0], out[1], out[2], out[3]};
 }
 
-Tensors2 tree_dense(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first) {
+Tensors2 tree_dense(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first,
+                    bool exact) {
 #ifdef TD_CUDA
-  if (is_for_cuda(u)) return tree_cuda(u, v, a, b, u_first);
+  if (is_for_cuda(u)) return tree_cuda(u, v, a, b, u_first, exact);
 #endif
   auto [rows, cols] = empty_tree(u, v);
   AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), kName, [&] {
@@ -284,7 +287,7 @@ Tensors2 tree_dense(const Tensor& u, const Tensor& v, const OptionalTensor& a, c
         };
         staircase(
             us[r], vs[r], u_first, [&](int64_t i, int64_t j, double, bool) { edge(i, j); },
-            [&](int64_t i, int64_t j, double) { edge(i, j); });
+            [&](int64_t i, int64_t j, double) { edge(i, j); }, exact);
       }
     });
   });
@@ -305,7 +308,7 @@ Tensors4 backward_meta(const Tensor&, const Tensor& u, const Tensor& v, const Op
   return {like(mask[0], u), like(mask[1], v), like(mask[2], u), like(mask[3], v)};
 }
 
-Tensors2 tree_meta(const Tensor& u, const Tensor& v, const OptionalTensor&, const OptionalTensor&, bool) {
+Tensors2 tree_meta(const Tensor& u, const Tensor& v, const OptionalTensor&, const OptionalTensor&, bool, bool) {
   return empty_tree(u, v);
 }
 
@@ -389,13 +392,18 @@ Tensors4 backward_composite(const Tensor& grad, const Tensor& u, const Tensor& v
   const auto [mass_a, mass_b] = with_equal_masses(weight_a, weight_b);
   Tensor du = at::zeros_like(x), dv = at::zeros_like(y), f = du, g = dv;
   for (const bool u_first : {true, false}) {
-    const auto [rows, cols] = tree_of(u, v, a, b, u_first);
-    const PowerComposite cost(x.gather(-1, rows) - y.gather(-1, cols), p);
-    const auto slope = 0.5 * transport_flow(rows, cols, mass_a, mass_b) * cost.slope;
-    du = du.scatter_add(-1, rows, slope);
-    dv = dv.scatter_add(-1, cols, -slope);
+    const auto cost_on = [&](const Tensor& rows, const Tensor& cols) {
+      return PowerComposite(x.gather(-1, rows) - y.gather(-1, cols), p);
+    };
+    if (mask[0] || mask[1]) {
+      const auto [rows, cols] = tree_of(u, v, a, b, u_first, /*exact=*/true);
+      const auto slope = 0.5 * transport_flow(rows, cols, mass_a, mass_b) * cost_on(rows, cols).slope;
+      du = du.scatter_add(-1, rows, slope);
+      dv = dv.scatter_add(-1, cols, -slope);
+    }
     if (mask[2] || mask[3]) {
-      const auto [fi, gj] = transport_potentials(rows, cols, cost.value, n, m);
+      const auto [rows, cols] = tree_of(u, v, a, b, u_first, /*exact=*/false);
+      const auto [fi, gj] = transport_potentials(rows, cols, cost_on(rows, cols).value, n, m);
       f = f + 0.5 * fi;
       g = g + 0.5 * gj;
     }
@@ -417,10 +425,10 @@ Tensors4 backward_autograd(const Tensor& grad, const Tensor& u, const Tensor& v,
   return backward_of(grad, u, v, a, b, p, mask);
 }
 
-Tensors2 tree_autograd(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b,
-                       bool u_first) {
+Tensors2 tree_autograd(const Tensor& u, const Tensor& v, const OptionalTensor& a, const OptionalTensor& b, bool u_first,
+                       bool exact) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  return tree_of(u, v, a, b, u_first);
+  return tree_of(u, v, a, b, u_first, exact);
 }
 
 // -- The public operator --------------------------------------------------------------------------------------------
@@ -516,7 +524,8 @@ TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {
       "_wasserstein_1d_backward(Tensor grad, Tensor u, Tensor v, Tensor? a, Tensor? b, float p, bool[4] mask) -> "
       "(Tensor, Tensor, Tensor, Tensor)",
       tags);
-  m.def("_wasserstein_1d_tree(Tensor u, Tensor v, Tensor? a, Tensor? b, bool u_first) -> (Tensor, Tensor)", tags);
+  m.def("_wasserstein_1d_tree(Tensor u, Tensor v, Tensor? a, Tensor? b, bool u_first, bool exact) -> (Tensor, Tensor)",
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(torch_divergence, CompositeImplicitAutograd, m) { m.impl("wasserstein_1d", wasserstein_1d_op); }

@@ -8,7 +8,7 @@
 // (0, 0) to (N-1, M-1) that advances i at the cumulative masses A_i and j at B_j: N + M - 1 cells, the edges of a
 // spanning tree (transport_tree.h). Where A_i = B_j it may advance either way; the loss and the positions' gradients
 // are the same, the weights' potentials are not. Their mean, over advancing u first and v first, is the mean of the two
-// one-sided derivatives.
+// one-sided derivatives. Masses that differ by rounding alone count as equal there; the loss takes all as they are.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -70,12 +70,14 @@ struct SortedSide {
 };
 
 // Calls step(i, j, t, along_u) where the staircase leaves the cell (i, j), at cumulative mass t, for (i + 1, j) or
-// (i, j + 1), and last(i, j, m) at its end.
+// (i, j + 1), and last(i, j, m) at its end. exact: only equal cumulative masses coincide.
 template <class T, class Step, class Last>
-void staircase(const SortedSide<T>& u, const SortedSide<T>& v, bool u_first, const Step& step, const Last& last) {
+void staircase(const SortedSide<T>& u, const SortedSide<T>& v, bool u_first, const Step& step, const Last& last,
+               bool exact = false) {
   const double mass_u = u.mass(), mass_v = v.mass(), mass = std::min(mass_u, mass_v);
-  const double tolerance =
-      u.uniform() && v.uniform() ? 0 : mass * rounding_of_masses(u.size + v.size, std::numeric_limits<T>::epsilon());
+  const double tolerance = exact || (u.uniform() && v.uniform())
+                               ? 0
+                               : mass * rounding_of_masses(u.size + v.size, std::numeric_limits<T>::epsilon());
   double a = u.cumulative(0, 0), b = v.cumulative(0, 0);
   int64_t i = 0, j = 0;
   while (i + 1 < u.size || j + 1 < v.size) {
@@ -103,7 +105,7 @@ void transport_cells(const SortedSide<T>& u, const SortedSide<T>& v, double mass
     }
   };
   staircase(
-      u, v, true, [&](int64_t i, int64_t j, double t, bool) { up_to(i, j, t); }, up_to);
+      u, v, true, [&](int64_t i, int64_t j, double t, bool) { up_to(i, j, t); }, up_to, /*exact=*/true);
 }
 
 template <class T>
@@ -172,7 +174,7 @@ struct SortedRows {
 struct LineRows {
   SortedRows own, other;
   double p;
-  double tolerance;       // rounding_of_masses(), 0 where both sides are uniform
+  double tolerance;       // of steps and trees: rounding_of_masses(), 0 where both sides are uniform
   double mass_tolerance;  // relative, of what may differ between the two masses
 };
 // out[i] = the loss, float or double as the positions.

@@ -50,7 +50,8 @@ struct Lines {
   }
 
   // How many of other's points the staircase has left when it leaves own's point i, or, for -1, begins.
-  __device__ int64_t left_before(int64_t i, bool own_first) const {
+  __device__ int64_t left_before(int64_t i, bool own_first) const { return left_before(i, own_first, tolerance); }
+  __device__ int64_t left_before(int64_t i, bool own_first, double apart) const {
     const int64_t last = other.size - 1;
     if (i < 0) return 0;
     if (i == own.size - 1) return last;
@@ -59,7 +60,7 @@ struct Lines {
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       const double gap = a - other.cumulative(middle);
-      if (own_first ? gap <= tolerance : gap < -tolerance) {
+      if (own_first ? gap <= apart : gap < -apart) {
         high = middle;
       } else {
         low = middle + 1;
@@ -71,9 +72,9 @@ struct Lines {
   // f(j, w) for the cells of own's point i that hold mass.
   template <class F>
   __device__ void for_cells(int64_t i, bool own_first, const F& f) const {
-    const int64_t last = left_before(i, own_first);
+    const int64_t last = left_before(i, own_first, 0);
     const double own_before = own.cumulative(i - 1), own_after = i + 1 == own.size ? mass : own.cumulative(i);
-    for (int64_t j = left_before(i - 1, own_first); j <= last; ++j) {
+    for (int64_t j = left_before(i - 1, own_first, 0); j <= last; ++j) {
       const double other_before = other.cumulative(j - 1);
       double before = own_before > other_before ? own_before : other_before,
              after = j < last ? other.cumulative(j) : own_after;

@@ -75,6 +75,19 @@ TEST(Sinkhorn, RaggedEqualsLoop) {
   EXPECT_TRUE(at::equal(value[1], td::sinkhorn_divergence(x.slice(0, 3), y.slice(0, 4))));
 }
 
+TEST(Sinkhorn, RaggedWithInfo) {
+  at::manual_seed(0);
+  const auto x = points(7, 2), y = points(9, 2);
+  const auto of_x = at::tensor({0, 3, 7}, at::kLong), of_y = at::tensor({0, 4, 9}, at::kLong);
+  const auto [value, info] = td::sinkhorn_ragged_with_info(x, of_x, y, of_y);
+  EXPECT_TRUE(at::equal(value, td::sinkhorn_ragged(x, of_x, y, of_y)));
+  EXPECT_EQ(info.f.sizes(), at::IntArrayRef({7}));
+  EXPECT_EQ(info.g_bb.sizes(), at::IntArrayRef({9}));
+  const auto options = td::SinkhornOptions().init(info);
+  const auto warm = td::sinkhorn_ragged_with_info(x, of_x, y, of_y, {}, {}, options).second;
+  EXPECT_TRUE((warm.n_iter < info.n_iter).all().item<bool>());
+}
+
 TEST(Sinkhorn, WarmStart) {
   at::manual_seed(0);
   const auto x = points(40, 2), y = points(50, 2);
@@ -82,6 +95,11 @@ TEST(Sinkhorn, WarmStart) {
   const auto info = td::sinkhorn_divergence_with_info(x, y, {}, {}, options).second;
   const auto warm = td::sinkhorn_divergence_with_info(x, y, {}, {}, td::SinkhornOptions(options).init(info)).second;
   EXPECT_LT(warm.n_iter.item<int64_t>(), info.n_iter.item<int64_t>());
+  const auto result = td::sinkhorn(x, y, {}, {}, options);
+  const auto again = td::sinkhorn(x, y, {}, {}, td::SinkhornOptions(options).init(result));
+  EXPECT_LT(again.n_iter.item<int64_t>(), result.n_iter.item<int64_t>());
+  expect_close(td::SinkhornLoss(options)(x, y, std::nullopt, std::nullopt, result),
+               td::sinkhorn_divergence(x, y, {}, {}, td::SinkhornOptions(options).init(result)));
 }
 
 TEST(Sinkhorn, Modules) {
@@ -98,6 +116,13 @@ TEST(Sinkhorn, Modules) {
   EXPECT_EQ(text.str(),
             "torch_divergence::SinkhornLoss(cost=half_sqeuclidean, debias=true, tol=0.001, max_iter=1000, "
             "reduction=mean)");
+  const td::SinkhornLoss batched(td::SinkhornOptions().eps(at::tensor({0.5, 0.25})));
+  text.str("");
+  text << batched;
+  EXPECT_NE(text.str().find("eps=[0.5, 0.25]"), std::string::npos) << text.str();
+  text.str("");
+  text << td::SinkhornLoss(td::SinkhornOptions().eps(0.5));
+  EXPECT_NE(text.str().find("eps=0.5,"), std::string::npos) << text.str();
   EXPECT_THROW(td::SinkhornLoss(td::SinkhornOptions().init(td::SinkhornInfo{})), c10::ValueError);
 }
 

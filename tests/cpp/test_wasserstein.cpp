@@ -128,6 +128,13 @@ TEST_F(Wasserstein, Modules) {
   const at::Tensor rows = td::sliced_wasserstein(x, y, {}, {}, td::SlicedWassersteinOptions().projections(theta));
   expect_close(sliced(x, y, std::nullopt, std::nullopt, theta), rows.mean());
   EXPECT_THROW(td::SlicedWassersteinLoss(td::SlicedWassersteinOptions().projections(theta)), c10::ValueError);
+  td::SlicedWassersteinLoss changed;
+  changed->options.projections(theta);
+  EXPECT_THROW(changed(x, y), c10::ValueError);
+  // The mean stays the default whatever other options are given.
+  EXPECT_EQ(td::SlicedWassersteinLoss(td::SlicedWassersteinOptions().n_projections(8))(x, y).dim(), 0);
+  const auto none = td::SlicedWassersteinOptions().reduction(td::Reduction::None);
+  EXPECT_EQ(td::SlicedWassersteinLoss(none)(x, y).sizes(), at::IntArrayRef({2}));
   std::ostringstream stream;
   stream << line << sliced;
   EXPECT_EQ(stream.str(),

@@ -58,7 +58,8 @@ struct Case {
   double eps = 0.5;
   double rho_a = kHard, rho_b = kHard;
   bool is_double = false, symmetric = false, weightless = false;
-  double offset = 0;  // of all coordinates
+  double offset = 0;     // of all coordinates
+  bool forbids = false;  // some entries of a matrix are infinite
 };
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
@@ -105,6 +106,8 @@ class Device {
     if (c.cost == kCostMatrix) {
       matrix.resize(static_cast<size_t>(problems * c.rows[0] * c.cols[0]));
       for (double& t : matrix) t = rounded(std::abs(normal(random)));
+      if (c.forbids)
+        for (size_t e = 0; e < matrix.size(); e += 11) matrix[e] = kHard;
       pairs.matrix = arrays.of_type(c.is_double, matrix, "matrix");
     } else {
       pairs.x = arrays.of_type(c.is_double, x, "x");
@@ -193,7 +196,7 @@ TEST_P(SinkhornCuda, OneUpdate) {
       for (int64_t j = 0; j < c.cols[s]; ++j) {
         const Real w = d.b[static_cast<size_t>(d.cols_at[s] + j)];
         sum += w * std::exp(-d.cost(s, i, j) / eps - top);
-        size = std::max(size, d.cost(s, i, j));
+        if (std::isfinite(d.cost(s, i, j))) size = std::max(size, d.cost(s, i, j));
       }
       const int64_t counted = c.weightless ? 0 : c.cols[s] - 1;  // g of a weightless column is something else
       const Real got = static_cast<Real>(d.f[d.rows_at[s] + i]) + static_cast<Real>(d.g[d.cols_at[s] + counted]);
@@ -303,6 +306,14 @@ std::vector<Case> cases() {
     add({.name = "squared", .rows = {9}, .cols = {10}, .dims = 3, .cost = kSqEuclidean, .eps = 2});
     add({.name = "flat", .rows = {11}, .cols = {140}, .dims = 3, .eps = 1e4, .weightless = true});
     add({.name = "matrix", .rows = {7, 7}, .cols = {40, 40}, .dims = 0, .cost = kCostMatrix, .weightless = true});
+    add({.name = "forbidden", .rows = {7, 7}, .cols = {40, 40}, .dims = 0, .cost = kCostMatrix, .forbids = true});
+    add({.name = "large_forbidden",
+         .rows = {3},
+         .cols = {260},
+         .dims = 0,
+         .cost = kCostMatrix,
+         .eps = 50,
+         .forbids = true});
     add({.name = "unbalanced", .rows = {20}, .cols = {30}, .dims = 2, .rho_a = 0.7, .rho_b = 2, .weightless = true});
     add({.name = "semi_relaxed", .rows = {20}, .cols = {13}, .dims = 2, .rho_b = 1});
     add({.name = "symmetric", .rows = {30, 5}, .cols = {30, 5}, .dims = 3, .symmetric = true, .weightless = true});
@@ -342,6 +353,41 @@ TEST(SinkhornCudaValues, InvalidProblemsAreLeft) {
     d.solve(1e-3, 50);
     EXPECT_EQ(d.status[2], kSinkhornInvalid);
   }
+}
+
+// A score without weight is below every other, also where those are far below -1e30.
+TEST(SinkhornCudaValues, ColdProblems) {
+  for (const bool is_double : {false, true})
+    for (const int64_t cols : {30, 300}) {
+      const Case c{.name = "",
+                   .rows = {5},
+                   .cols = {cols},
+                   .dims = 2,
+                   .eps = is_double ? 1e-200 : 1e-32,
+                   .is_double = is_double,
+                   .weightless = true};
+      Device d(c);
+      d.solve(0, 1);
+      for (int64_t i = 0; i < 5; ++i) {
+        Real low = std::numeric_limits<Real>::infinity();
+        for (int64_t j = 0; j < cols; ++j)
+          if (d.b[static_cast<size_t>(j)] > 0) low = std::min(low, d.cost(0, i, j));
+        EXPECT_NEAR(static_cast<double>(low), d.f[i] + d.g[0], 1e-6 * (1 + static_cast<double>(low)));
+      }
+    }
+}
+
+// An atom that can meet no other: no value, and no convergence.
+TEST(SinkhornCudaValues, InfiniteCoordinates) {
+  for (const int64_t cols : {30, 300})
+    for (const double eps : {0.5, 1e4}) {
+      const Case c{.name = "", .rows = {5}, .cols = {cols}, .dims = 2, .eps = eps};
+      Device d(c);
+      static_cast<float*>(const_cast<void*>(d.pairs.y))[3] = std::numeric_limits<float>::infinity();
+      d.solve(1e-3, 50);
+      EXPECT_EQ(d.status[0], kSinkhornStopped);
+      EXPECT_FALSE(std::isfinite(d.value[0]));
+    }
 }
 
 // Every term and every output of a sweep at once, from both sides.

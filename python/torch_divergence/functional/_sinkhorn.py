@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
-import torch
 from torch import Tensor
+from typing_extensions import Required, TypedDict, Unpack
 
-from torch_divergence.functional._common import ops, scalar_tensor
+from torch_divergence.functional._common import Reduction, ops, scalar_tensor
 
 Cost = Literal["half_sqeuclidean", "sqeuclidean", "euclidean", "cosine"]
-TransportReduction = Literal["none", "sum", "mean"]
 #: One number for both sides, or a pair (x's, y's); None is a hard marginal.
 Relaxation = float | tuple[float | None, float | None] | None
+
+#: Where a solve may start from; a tensor is taken as g.
+Init: TypeAlias = "SinkhornInfo | SinkhornResult | Tensor | None"
 
 _INF = float("inf")
 
@@ -46,8 +48,10 @@ def _pair(value: Relaxation) -> list[float]:
     return [_INF if v is None else float(v) for v in sides]
 
 
-def _init(init: Any) -> dict[str, Tensor | None]:
+def _init(name: str, init: Init) -> dict[str, Tensor | None]:
     """The potentials of an earlier result or info; a tensor is taken as g."""
+    if not isinstance(init, (SinkhornInfo, SinkhornResult, Tensor, type(None))):
+        raise ValueError(f"{name}: init is {init!r}, expected a SinkhornInfo, a SinkhornResult or a tensor")
     if init is None:
         return {}
     if isinstance(init, Tensor):
@@ -121,23 +125,45 @@ class SinkhornResult:
     def barycentric_projection(self) -> Tensor:
         r"""Where the plan sends each x: :math:`\sum_j P_{ij} y_j / \sum_j P_{ij}`, shaped as x. Once differentiable.
 
+        It exists where the plan underflows and for an x of weight 0: :math:`P_{ij} / \sum_j P_{ij}` depends on b and g.
+
         >>> import torch, torch_divergence as td
         >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(4, 2)
         >>> td.sinkhorn(x, x + 1, eps=1e-3).barycentric_projection().sub(x).mean(0).round(decimals=2)
         tensor([1., 1.])
         """
-        g = self.g
-        y = self._points[1].to(g.dtype).expand(*g.shape, self._points[1].shape[-1])
-        extended = torch.cat((y, torch.ones_like(y[..., :1])), -1)
-        image = self.apply(extended)
-        return image[..., :-1] / image[..., -1:]
+        image: Tensor = ops.sinkhorn_barycentric_projection.default(*self._solved(), **self._options)
+        return image
 
     @property
     def transport_cost(self) -> Tensor:
         """<P, C>, () or (B,), detached: as a loss it would need the derivative of P."""
         cost: Tensor = ops.sinkhorn_transport_cost.default(*self._solved(), **self._options)
         return cost
+
+
+WithInfo: TypeAlias = tuple[Tensor, SinkhornInfo]
+
+
+class _CostOptions(TypedDict, total=False):
+    rho: Relaxation
+    tol: float
+    max_iter: int
+    init: Init
+    reduction: Reduction
+
+
+class _MatrixOptions(_CostOptions):
+    eps: Required[float | Tensor]
+
+
+class _DivergenceOptions(_CostOptions, total=False):
+    cost: Cost
+    eps: float | Tensor | None
+    blur: float | None
+    reach: Relaxation
+    debias: bool
 
 
 def sinkhorn(
@@ -153,7 +179,7 @@ def sinkhorn(
     reach: Relaxation = None,
     tol: float = 1e-3,
     max_iter: int = 1000,
-    init: Any = None,
+    init: Init = None,
 ) -> SinkhornResult:
     r"""Entropic optimal transport between weighted point clouds, with potentials and plan.
 
@@ -192,11 +218,41 @@ def sinkhorn(
         reach=_pair(reach),
         tol=tol,
         max_iter=max_iter,
-        init_g=_init(init).get("init_g"),
+        init_g=_init("sinkhorn", init).get("init_g"),
     )
     return SinkhornResult(value, f, g, marginal_error, n_iter, converged, (x, y, a, b), options)
 
 
+@overload
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_DivergenceOptions],
+) -> Tensor: ...
+@overload
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_DivergenceOptions],
+) -> WithInfo: ...
+@overload
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: bool,
+    **options: Unpack[_DivergenceOptions],
+) -> Tensor | WithInfo: ...
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
@@ -211,10 +267,10 @@ def sinkhorn_divergence(
     debias: bool = True,
     tol: float = 1e-3,
     max_iter: int = 1000,
-    init: Any = None,
-    reduction: TransportReduction = "none",
+    init: Init = None,
+    reduction: Reduction = "none",
     return_info: bool = False,
-) -> Any:
+) -> Tensor | WithInfo:
     r"""The Sinkhorn divergence between weighted point clouds.
 
     .. math:: S(a, b) = OT(a, b) - \tfrac12 OT(a, a) - \tfrac12 OT(b, b) + \tfrac{\varepsilon}{2} (m_a - m_b)^2
@@ -239,8 +295,8 @@ def sinkhorn_divergence(
         tol: on the L1 marginal error relative to the mass; 1e-2 is the fast setting. The self terms are solved ten
             times tighter. 0 runs exactly max_iter iterations; one below what rounding allows is replaced by that.
         max_iter: iterations of both potentials, annealing included. Reaching it warns once and never raises.
-        init: an earlier info, or result: its potentials are started from.
-        reduction: ``"none"`` is one value a problem, ``"mean"`` or ``"sum"`` one of the batch.
+        init: an earlier info, or result: its potentials are started from. A tensor is taken as g.
+        reduction: ``"none"`` is one value a problem, ``"mean"``, ``"sum"`` or ``"batchmean"`` one of the batch.
         return_info: return (value, :class:`SinkhornInfo`).
 
     Returns:
@@ -281,11 +337,12 @@ def sinkhorn_divergence(
         max_iter=max_iter,
         reduction=reduction,
         return_info=return_info,
-        **_init(init),
+        **_init("sinkhorn_divergence", init),
     )
 
 
-def _divergence(*args: Any, return_info: bool, **options: Any) -> Any:
+def _divergence(*args: Any, return_info: bool, **options: Any) -> Tensor | WithInfo:
+    value: Tensor
     value, f, g, f_aa, g_bb, *counters = ops.sinkhorn_divergence.default(*args, **options)
     if not return_info:
         return value
@@ -294,6 +351,42 @@ def _divergence(*args: Any, return_info: bool, **options: Any) -> Any:
     return value, SinkhornInfo(f, g, f_aa, g_bb, *counters)
 
 
+@overload
+def sinkhorn_ragged(
+    x: Tensor,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_offsets: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_DivergenceOptions],
+) -> Tensor: ...
+@overload
+def sinkhorn_ragged(
+    x: Tensor,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_offsets: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_DivergenceOptions],
+) -> WithInfo: ...
+@overload
+def sinkhorn_ragged(
+    x: Tensor,
+    x_offsets: Tensor,
+    y: Tensor,
+    y_offsets: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: bool,
+    **options: Unpack[_DivergenceOptions],
+) -> Tensor | WithInfo: ...
 def sinkhorn_ragged(
     x: Tensor,
     x_offsets: Tensor,
@@ -310,10 +403,10 @@ def sinkhorn_ragged(
     debias: bool = True,
     tol: float = 1e-3,
     max_iter: int = 1000,
-    init: Any = None,
-    reduction: TransportReduction = "none",
+    init: Init = None,
+    reduction: Reduction = "none",
     return_info: bool = False,
-) -> Any:
+) -> Tensor | WithInfo:
     """:func:`torch_divergence.sinkhorn_divergence` of clouds of different sizes, without padding.
 
     Args:
@@ -356,10 +449,37 @@ def sinkhorn_ragged(
         y_offsets=y_offsets,
         reduction=reduction,
         return_info=return_info,
-        **_init(init),
+        **_init("sinkhorn_ragged", init),
     )
 
 
+@overload
+def sinkhorn_cost(
+    C: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[False] = False,
+    **options: Unpack[_MatrixOptions],
+) -> Tensor: ...
+@overload
+def sinkhorn_cost(
+    C: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: Literal[True],
+    **options: Unpack[_MatrixOptions],
+) -> WithInfo: ...
+@overload
+def sinkhorn_cost(
+    C: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    return_info: bool,
+    **options: Unpack[_MatrixOptions],
+) -> Tensor | WithInfo: ...
 def sinkhorn_cost(
     C: Tensor,
     a: Tensor | None = None,
@@ -369,17 +489,18 @@ def sinkhorn_cost(
     rho: Relaxation = None,
     tol: float = 1e-3,
     max_iter: int = 1000,
-    init: Any = None,
-    reduction: TransportReduction = "none",
+    init: Init = None,
+    reduction: Reduction = "none",
     return_info: bool = False,
-) -> Any:
+) -> Tensor | WithInfo:
     """Entropic optimal transport OT(a, b) for a given cost matrix, any real numbers.
 
     The formula, a, b, eps, rho, tol, max_iter, init and the errors are those of :func:`torch_divergence.sinkhorn` and
     :func:`torch_divergence.sinkhorn_divergence`; the gradient of C is the plan.
 
     Args:
-        C: (N, M) or (B, N, M): float32, float64, bfloat16 or float16. One matrix serves a batch of weights.
+        C: (N, M) or (B, N, M): float32, float64, bfloat16 or float16. One matrix serves a batch of weights. A pair
+            whose entry is inf is never used, and its gradient is 0.
 
     Returns:
         (), or (B,); with ``return_info`` also a :class:`SinkhornInfo`.
@@ -404,7 +525,7 @@ def sinkhorn_cost(
         rho=_pair(rho),
         tol=tol,
         max_iter=max_iter,
-        init_g=_init(init).get("init_g"),
+        init_g=_init("sinkhorn_cost", init).get("init_g"),
         reduction=reduction,
     )
     return (value, SinkhornInfo(f, g, None, None, *counters)) if return_info else value

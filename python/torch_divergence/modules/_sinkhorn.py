@@ -1,11 +1,9 @@
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from torch_divergence import functional
-from torch_divergence.functional import Cost
-from torch_divergence.functional._sinkhorn import Relaxation, TransportReduction
+from torch_divergence.functional import Cost, Reduction
+from torch_divergence.functional._sinkhorn import Init, Relaxation
 
 
 class SinkhornLoss(torch.nn.Module):
@@ -16,14 +14,14 @@ class SinkhornLoss(torch.nn.Module):
 
     Args:
         cost: ``"half_sqeuclidean"``, ``"sqeuclidean"``, ``"euclidean"`` or ``"cosine"``.
-        eps: temperature in units of the cost.
+        eps: temperature in units of the cost, a number or a tensor () or (B,).
         blur: the same as a length; 0.05 if neither is given.
         rho: penalty of the marginals; None is hard.
         reach: the same as a length.
         debias: False gives OT(a, b).
         tol: on the marginal error.
         max_iter: iterations, annealing included.
-        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"`` over the batch.
+        reduction: ``"mean"`` (default), ``"sum"``, ``"none"`` or ``"batchmean"`` over the batch.
 
     Shape:
         ``x`` (N, D) or (B, N, D), ``y`` (M, D) or (B, M, D), ``a`` (N,) or (B, N), ``b`` (M,) or (B, M); the result is
@@ -45,14 +43,14 @@ class SinkhornLoss(torch.nn.Module):
         self,
         *,
         cost: Cost = "half_sqeuclidean",
-        eps: float | None = None,
+        eps: float | Tensor | None = None,
         blur: float | None = None,
         rho: Relaxation = None,
         reach: Relaxation = None,
         debias: bool = True,
         tol: float = 1e-3,
         max_iter: int = 1000,
-        reduction: TransportReduction = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         self.cost = cost
@@ -66,9 +64,9 @@ class SinkhornLoss(torch.nn.Module):
         self.reduction = reduction
 
     def forward(
-        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, init: Any = None
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, init: Init = None
     ) -> Tensor:
-        value: Tensor = functional.sinkhorn_divergence(
+        return functional.sinkhorn_divergence(
             x,
             y,
             a,
@@ -84,7 +82,6 @@ class SinkhornLoss(torch.nn.Module):
             init=init,
             reduction=self.reduction,
         )
-        return value
 
     def extra_repr(self) -> str:
         given = "".join(
@@ -102,11 +99,11 @@ class SinkhornCostLoss(torch.nn.Module):
     """:func:`torch_divergence.sinkhorn_cost` as a module: formula, conventions and errors are documented there.
 
     Args:
-        eps: temperature in units of the cost.
+        eps: temperature in units of the cost, a number or a tensor () or (B,).
         rho: penalty of the marginals; None is hard.
         tol: on the marginal error.
         max_iter: iterations, annealing included.
-        reduction: ``"none"`` (default), ``"mean"`` or ``"sum"`` over the batch.
+        reduction: ``"none"`` (default), ``"mean"``, ``"sum"`` or ``"batchmean"`` over the batch.
 
     Shape:
         ``C`` (N, M) or (B, N, M), ``a`` (N,) or (B, N), ``b`` (M,) or (B, M); the result is (), or (B,).
@@ -124,11 +121,11 @@ class SinkhornCostLoss(torch.nn.Module):
     def __init__(
         self,
         *,
-        eps: float,
+        eps: float | Tensor,
         rho: Relaxation = None,
         tol: float = 1e-3,
         max_iter: int = 1000,
-        reduction: TransportReduction = "none",
+        reduction: Reduction = "none",
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -137,8 +134,8 @@ class SinkhornCostLoss(torch.nn.Module):
         self.max_iter = max_iter
         self.reduction = reduction
 
-    def forward(self, C: Tensor, a: Tensor | None = None, b: Tensor | None = None, init: Any = None) -> Tensor:
-        value: Tensor = functional.sinkhorn_cost(
+    def forward(self, C: Tensor, a: Tensor | None = None, b: Tensor | None = None, init: Init = None) -> Tensor:
+        return functional.sinkhorn_cost(
             C,
             a,
             b,
@@ -149,7 +146,6 @@ class SinkhornCostLoss(torch.nn.Module):
             init=init,
             reduction=self.reduction,
         )
-        return value
 
     def extra_repr(self) -> str:
         rho = f"rho={self.rho!r}, " if self.rho is not None else ""

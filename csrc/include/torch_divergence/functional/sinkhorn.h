@@ -51,7 +51,7 @@ struct TD_API SinkhornOptions {
   TORCH_ARG(double, tol) = 1e-3;
   /// Iterations of both potentials, annealing included. Reaching it warns once and never throws.
   TORCH_ARG(std::int64_t, max_iter) = 1000;
-  /// Warm start: the potentials of an earlier solve.
+  /// Warm start: the potentials of an earlier solve, as SinkhornInfo or SinkhornResult.
   TORCH_ARG(std::optional<SinkhornInfo>, init) = std::nullopt;
   /// None returns one value a problem. Where it is not set, `SinkhornLoss` takes Mean, all others None.
   TORCH_ARG(std::optional<Reduction>, reduction) = std::nullopt;
@@ -82,6 +82,8 @@ struct TD_API SinkhornResult {
   at::Tensor barycentric_projection() const;
   /// <P, C>, detached.
   at::Tensor transport_cost() const;
+  /// Lets a result be the `init` of another solve.
+  operator SinkhornInfo() const { return {f, g, at::Tensor(), at::Tensor(), marginal_error, n_iter, converged}; }
 
   /// What was solved.
   at::Tensor x, y;
@@ -140,6 +142,13 @@ TD_API at::Tensor sinkhorn_ragged(const at::Tensor& x, const at::Tensor& x_offse
                                   const at::Tensor& y_offsets, const std::optional<at::Tensor>& a = std::nullopt,
                                   const std::optional<at::Tensor>& b = std::nullopt,
                                   const SinkhornOptions& options = {});
+
+/// The same with what the solve leaves; potentials are those of all clouds, one after another.
+TD_API std::pair<at::Tensor, SinkhornInfo> sinkhorn_ragged_with_info(const at::Tensor& x, const at::Tensor& x_offsets,
+                                                                     const at::Tensor& y, const at::Tensor& y_offsets,
+                                                                     const std::optional<at::Tensor>& a = std::nullopt,
+                                                                     const std::optional<at::Tensor>& b = std::nullopt,
+                                                                     const SinkhornOptions& options = {});
 
 /// OT(a, b) for a given cost matrix C (N, M) or (B, N, M), any real numbers; the gradient of C is the plan. `cost`,
 /// `blur`, `reach` and `debias` must be at their defaults; `eps` must be given.

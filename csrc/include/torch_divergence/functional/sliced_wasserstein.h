@@ -22,9 +22,9 @@ struct TD_API SlicedWassersteinOptions {
   TORCH_ARG(std::optional<at::Tensor>, projections) = std::nullopt;
   /// What the directions are drawn with; the same state gives the same directions.
   TORCH_ARG(std::optional<at::Generator>, generator) = std::nullopt;
-  /// None returns one value for each sample of the batch; Sum and Mean return a scalar. `SlicedWassersteinLoss` starts
-  /// from Mean.
-  TORCH_ARG(Reduction, reduction) = Reduction::None;
+  /// None returns one value for each sample of the batch; Sum and Mean return a scalar. Where it is not set,
+  /// `SlicedWassersteinLoss` takes Mean, `sliced_wasserstein` None.
+  TORCH_ARG(std::optional<Reduction>, reduction) = std::nullopt;
 };
 
 /// The sliced Wasserstein distance SW_p^p (without a root), a mean over projections to lines:

@@ -13,18 +13,17 @@
 
 namespace torch_divergence {
 
-/// `sliced_wasserstein` as a module; formula, shapes, conventions and errors are documented there. Its default
-/// reduction is Mean. Weights and projections are arguments of `forward`; without projections every call draws
-/// directions anew, with the options' generator if it has one. There are no parameters and no buffers.
+/// `sliced_wasserstein` as a module; formula, shapes, conventions and errors are documented there. The
+/// reduction is Mean unless the options set another. Weights and projections are arguments of `forward`: projections in
+/// the options raise c10::ValueError. Without projections every call draws directions anew, with the options' generator
+/// if it has one. There are no parameters and no buffers.
 ///
 /// Example:
 ///
 ///     torch_divergence::SlicedWassersteinLoss criterion;
 ///     criterion(x, y).backward();
 struct TD_API SlicedWassersteinLossImpl : torch::nn::Cloneable<SlicedWassersteinLossImpl> {
-  /// Projections in the options raise c10::ValueError: pass them to `forward`.
-  explicit SlicedWassersteinLossImpl(
-      SlicedWassersteinOptions options_ = SlicedWassersteinOptions().reduction(Reduction::Mean));
+  explicit SlicedWassersteinLossImpl(SlicedWassersteinOptions options_ = {});
 
   /// There is no state to reset.
   void reset() override;
