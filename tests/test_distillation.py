@@ -99,6 +99,7 @@ def test_transforms(options):
 
 STUDENT, LABELS = torch.ones(4, 7), torch.zeros(4, dtype=torch.int64)
 TOPK = (LABELS.unsqueeze(-1), torch.full((4, 1), -0.5))
+BATCHMEAN = ["reduction", "batchmean", '"mean"', "normalizer=input.size(0)"]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +114,63 @@ TOPK = (LABELS.unsqueeze(-1), torch.full((4, 1), -0.5))
         ((STUDENT, STUDENT), {"beta": 0.3}, ["beta", "0.3", "kl"]),
         ((STUDENT, STUDENT), {"divergence": "w"}, ["divergence", "w"]),
         ((STUDENT, STUDENT), {"temperature": 0.0}, ["temperature", "0"]),
-        ((STUDENT, STUDENT[:2]), {}, ["target", "[2, 7]"]),
-        ((STUDENT, STUDENT, LABELS), {"reduction": "batchmean"}, ["reduction", "batchmean"]),
+        ((STUDENT, STUDENT[:2]), {}, ["teacher_logits", "[2, 7]", "[4, 7]"]),
+        ((STUDENT, STUDENT.double()), {}, ["teacher_logits", "Double"]),
+        ((STUDENT, STUDENT.long()), {}, ["teacher_logits", "Long"]),
+        ((STUDENT, None), {"topk": (TOPK[0][:2], TOPK[1])}, ["indices", "topk", "[2, 1]", "[4, 1]"]),
+        ((STUDENT, None), {"topk": (TOPK[0], TOPK[1].double())}, ["log_probs", "topk", "Double"]),
+        ((STUDENT, STUDENT, LABELS[:1]), {}, ["labels", "[1]", "[4]"]),
+        ((STUDENT, STUDENT, LABELS.unsqueeze(-1)), {}, ["labels", "[4, 1]", "[4]"]),
+        ((STUDENT, STUDENT, LABELS.float()), {}, ["labels", "Float"]),
+        ((STUDENT, STUDENT, LABELS), {"row_weight": torch.ones(3)}, ["row_weight", "[3]", "[4]"]),
+        ((STUDENT, STUDENT, LABELS), {"row_weight": -torch.ones(4)}, ["row_weight", "-1"]),
+        ((STUDENT, STUDENT), {"row_weight": torch.ones(3)}, ["row_weight", "[3]", "[4]"]),
+        ((STUDENT, STUDENT), {"reduction": "avg"}, ["reduction", "avg"]),
+        ((STUDENT, STUDENT), {"reduction": "batchmean", "row_weight": torch.ones(4)}, BATCHMEAN),
+        ((STUDENT.expand(2, 4, 7), STUDENT.expand(2, 4, 7)), {"reduction": "batchmean"}, BATCHMEAN),
+        (
+            (STUDENT.expand(2, 4, 7), STUDENT.expand(2, 4, 7), LABELS.expand(2, 4)),
+            {"reduction": "batchmean"},
+            BATCHMEAN,
+        ),
+        ((STUDENT, STUDENT), {"reduction": "batchmean", "normalizer": 2.0}, ["normalizer", "batchmean"]),
     ),
 )
 def test_bad_input(arguments, options, words):
+    """Whatever the weights of the two terms."""
+    for alpha in (None, 0.0, 1.0) if len(arguments) == 3 and "alpha" not in options else (options.get("alpha"),):
+        with pytest.raises(ValueError) as error:
+            td.distillation_loss(*arguments, **{**options, "alpha": alpha})
+        assert all(word in str(error.value) for word in ("distillation_loss", *words)), error.value
+
+
+@pytest.mark.parametrize(
+    "teacher, topk, words",
+    (
+        (STUDENT[:2], None, ["teacher_logits", "[2, 7]"]),
+        (STUDENT.double(), None, ["teacher_logits", "Double"]),
+        (None, (TOPK[0], TOPK[1][:2]), ["log_probs", "[2, 1]"]),
+        (None, (TOPK[0].int(), TOPK[1]), ["indices", "Int"]),
+    ),
+)
+def test_bad_teacher_of_weight_0(teacher, topk, words):
     with pytest.raises(ValueError) as error:
-        td.distillation_loss(*arguments, **options)
-    assert all(word in str(error.value) for word in words), error.value
+        td.distillation_loss(STUDENT, teacher, LABELS, topk=topk, alpha=0.0)
+    assert all(word in str(error.value) for word in ("distillation_loss", *words)), error.value
+
+
+def test_batchmean():
+    """Is "mean" with one leading dimension, as in kl_div and cross_entropy."""
+    student, teacher, labels = inputs()
+    labels[2] = -100
+    for x in ((student, teacher), (student, teacher, labels)):
+        assert torch.equal(td.distillation_loss(*x, reduction="batchmean"), td.distillation_loss(*x))
+
+
+def test_row_weight_is_broadcast():
+    x, weight = inputs(torch.float64, 2, 3), torch.tensor([1.0, 0.0, 2.0])
+    whole = td.distillation_loss(*x, row_weight=weight.expand(2, 3))
+    assert torch.equal(td.distillation_loss(*x, row_weight=weight), whole)
 
 
 def test_module():

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 import torch_divergence as td
@@ -66,6 +67,38 @@ def test_digits_of_a_sure_discriminator():
         assert loss == 0
         assert torch.autograd.grad(loss, x)[0] == 0
         assert td.gan_generator_loss(-x) == size
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("size", (1e-5, 1e-3, 0.9, 1.1, 30.0, 1000.0))
+def test_digits_of_the_js_estimate(size, dtype):
+    """Near 0 the estimate is the difference of log 4 and a number near it. To a few roundings of each sample's term."""
+    torch.manual_seed(0)
+    real, fake = ((size * torch.randn(50, dtype=torch.float64)).to(dtype).requires_grad_() for _ in range(2))
+    value = td.gan_js_estimate(real, fake)
+    gradients = torch.autograd.grad(value, (real, fake), create_graph=True)
+    second = torch.autograd.grad(sum(g.sum() for g in gradients), (real, fake))
+    exact, total = 0, 0
+    for x in (-real, fake):
+        for logit in x.tolist():
+            with mpmath.workdps(40):
+                term = mpmath.log(2) - mpmath.log1p(mpmath.exp(mpmath.mpf(logit)))
+                exact, total = exact + term / 100, total + abs(term) / 100
+    eps = torch.finfo(dtype).eps
+    assert abs(value.item() - exact) <= 8 * eps * total
+    for x, g, h, sign in zip((real, fake), gradients, second, (1, -1), strict=True):
+        s = torch.sigmoid(-sign * x.detach().double())
+        torch.testing.assert_close(g.double(), sign * s / 100, rtol=4 * eps, atol=1e-44)
+        torch.testing.assert_close(h.double(), -s * (1 - s) / 100, rtol=0, atol=4 * eps / 100)
+
+
+def test_js_estimate_at_its_ends():
+    for size in (0.0, 1.0, 1000.0, math.inf):
+        x = torch.tensor([size], requires_grad=True)
+        value = td.gan_js_estimate(x, -x)
+        assert math.isclose(value.item(), math.log(2) - math.log1p(math.exp(-size)), rel_tol=1e-6)
+        assert math.isclose(torch.autograd.grad(value, x)[0].item(), 1 / (1 + math.exp(min(size, 700))), abs_tol=1e-7)
+        assert td.gan_js_estimate(-x, x).item() == pytest.approx(math.log(2) - size - math.log1p(math.exp(-size)))
 
 
 def test_value_at_the_optimal_discriminator():

@@ -1,6 +1,7 @@
 """KL divergence between Gaussians, diagonal and full: values by mpmath, derivatives, transforms, errors."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -189,6 +190,63 @@ def test_derivatives():
     assert gradgradcheck(gradient, log_var)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "log_var"), ((torch.float32, -100.0), (torch.float32, -1e4), (torch.float64, -750.0))
+)
+def test_hessian_of_equal_means_and_tiny_variances(dtype, log_var):
+    mean, v = torch.ones(1, 2, dtype=dtype), torch.full((1, 2), log_var, dtype=dtype)
+    hessian = torch.func.hessian(td.gaussian_kl, (0, 1, 2, 3))(mean, v, mean, v)
+    eye, none = torch.eye(2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
+    precision, half = torch.where(eye == 1, INF, none), eye / 2
+    expected = (
+        (precision, none, -precision, none),
+        (none, half, none, -half),
+        (-precision, none, precision, none),
+        (none, -half, none, half),
+    )
+    for blocks, wanted in zip(hessian, expected, strict=True):
+        for block, want in zip(blocks, wanted, strict=True):
+            assert torch.equal(block.reshape(2, 2), want)
+
+
+def test_third_derivatives_where_both_are_equal():
+    mean, log_var = torch.randn(2, 1, 2, dtype=torch.float64)
+    inputs = (mean, log_var, mean, log_var)
+    for i in range(4):
+
+        def third(f, i=i):
+            return torch.func.jacrev(torch.func.hessian(f, i), i)(*inputs)
+
+        torch.testing.assert_close(third(td.gaussian_kl), third(lambda *x: textbook(*x).mean()))
+
+
+def test_incoming_gradients_of_0_are_variables_too():
+    inputs = draw(3, 4, grad=False)
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+    # torch.autograd.functional.jvp differentiates backward at an incoming gradient of 0.
+    got = torch.autograd.functional.jvp(td.gaussian_kl, inputs, tangents)[1]
+    torch.testing.assert_close(got, torch.func.jvp(td.gaussian_kl, inputs, tangents)[1])
+    mean = inputs[0].requires_grad_()
+    weight = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    rows = td.gaussian_kl(*inputs, reduction="none")
+    (gradient,) = torch.autograd.grad((weight * rows).sum(), mean, create_graph=True)
+    (by_weight,) = torch.autograd.grad(gradient.sum(), weight)
+    torch.testing.assert_close(by_weight, torch.autograd.grad(rows.sum(), mean)[0].sum(-1))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("n", (1, 3))
+def test_gradient_of_the_prior_where_its_terms_cancel(n, dtype):
+    inputs = [torch.randn(20_000, n).to(dtype).requires_grad_() for _ in range(4)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    got, want = (torch.autograd.grad(td.gaussian_kl(*x, reduction="sum"), x[3])[0].double() for x in (inputs, wide))
+    rounding = 0
+    if dtype != torch.float32:
+        info = torch.finfo(dtype)
+        rounding = info.eps / 2 * want.abs().clamp_min(info.smallest_normal)
+    assert (((got - want).abs() - rounding).amax(-1) <= 2e-6 * want.abs().amax(-1)).all()
+
+
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_the_gradients_that_are_needed(wanted):
     inputs = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(draw(2, 3))]
@@ -325,6 +383,32 @@ def test_full_values(scale):
     for i in range(3):
         want = full_exact(*(t[i] for t in single))
         assert rows[i] >= 0 and abs(rows[i].item() - want) <= 2e-6 * condition[i] * want
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("ratio", (1e-30, 1e-18, 1e-8, 1e-4, 0.1, 0.4, 0.6, 3.0))
+def test_full_factors_that_are_small_beside_the_prior(dtype, ratio):
+    inputs = [t.detach().to(dtype) for t in full(3, 4)]
+    inputs[1] *= ratio
+    inputs = [t.requires_grad_() for t in inputs]
+    rows = td.gaussian_kl_full(*inputs, reduction="none")
+    gradients = torch.autograd.grad(rows.sum(), inputs, create_graph=True)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(full_textbook(*wide).sum(), wide)
+    for i in range(3):
+        bound = ACCURACY[dtype] * torch.linalg.cond(wide[3][i].detach()).item()
+        want = full_exact(*(t[i] for t in wide))
+        assert abs(rows[i].item() - want) <= bound * want
+        for got, of_textbook in zip(gradients, expected, strict=True):
+            assert (got[i] - of_textbook[i]).abs().max() <= 4 * bound * of_textbook[i].abs().max()
+    if ratio >= 1e-18:  # 1/q^2 overflows below
+        assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.sum() for g in gradients), inputs))
+
+
+def test_full_of_a_quotient_that_underflows():
+    factors = torch.full((1, 1, 1), 1e-25), torch.full((1, 1, 1), 1e20)
+    value = td.gaussian_kl_full(torch.zeros(1, 1), factors[0], torch.zeros(1, 1), factors[1])
+    torch.testing.assert_close(value.item(), 45 * math.log(10) - 0.5, rtol=2e-6, atol=0)
 
 
 def test_full_derivatives_and_transforms():

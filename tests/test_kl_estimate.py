@@ -50,6 +50,24 @@ def test_gradient_choice(kind, gradient):
         torch.testing.assert_close(a, b)
 
 
+@k
+def test_second_derivatives_of_k2_gradient(kind):
+    p, q = draw(4)
+    f = lambda *x: td.kl_estimate(*x, kind=kind, gradient="kl")  # noqa: E731
+    want = torch.func.hessian(lambda *x: td.kl_estimate(*x, kind="k2"), (0, 1))(p, q)
+    torch.testing.assert_close(torch.func.hessian(f, (0, 1))(p, q), want)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(f, (0, 1)), (0, 1))(p, q), want)
+
+
+@k
+@pytest.mark.parametrize("log_q", (-1e20, 1e20, torch.finfo(torch.float32).min))
+def test_ratio_whose_square_overflows(kind, log_q):
+    p, q = torch.tensor([-1.0], requires_grad=True), torch.tensor([log_q], requires_grad=True)
+    value = td.kl_estimate(p, q, kind=kind, gradient="kl")
+    assert value == td.kl_estimate(p, q, kind=kind)
+    assert torch.equal(torch.cat(torch.autograd.grad(value, (p, q))), torch.tensor([-log_q, log_q]))
+
+
 def within(samples, want, what):
     """The mean of the samples is `want`, to 5 standard errors."""
     error = samples.std(0) / len(samples) ** 0.5

@@ -107,6 +107,19 @@ def test_padding(loss, kind):
     assert f(*poisoned, row_weight=torch.zeros(6).to(kind)) == 0
 
 
+@pytest.mark.parametrize("kl", (math.inf, math.nan, 2.0))
+@pytest.mark.parametrize("shape", ((), (4,)))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_coefficient_0_leaves_the_divergence_out(kl, shape, reduction):
+    x = inputs(4)
+    kl = torch.full(shape, kl, dtype=torch.float64, requires_grad=True)
+    value = td.ppo_kl_penalty_loss(*x, kl, kl_coef=0.0, reduction=reduction)
+    expected = -(x[0] - x[1]).exp() * x[2]
+    torch.testing.assert_close(value, expected if reduction == "none" else expected.mean())
+    (gradient,) = torch.autograd.grad(value.sum(), kl)
+    assert gradient.shape == shape and (gradient == 0).all()
+
+
 BAD = (
     (lambda x: td.ppo_clip_loss(x, x[:2], x), ["old_log_prob", "[2]", "[3]"]),
     (lambda x: td.ppo_clip_loss(x, x, x.double()), ["advantage", "float64"]),
@@ -124,6 +137,12 @@ BAD = (
     (lambda x: td.AdaptiveKLController(1, 0, 1), ["target", "0"]),
     (lambda x: td.AdaptiveKLController(1, 1, math.inf), ["horizon", "inf"]),
     (lambda x: td.AdaptiveKLController(1, 1, 1).update(math.nan, 1), ["kl", "NaN"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 1).update(1.0, -1), ["n is -1"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 1).update(1.0, math.nan), ["n is nan"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 100).update(0.0, 1000), ["n is 1000", "horizon of 100", "positive"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 100).update(0.0, 500), ["n is 500", "horizon of 100", "positive"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 1).load_state_dict({"value": math.nan}), ["value", "nan"]),
+    (lambda x: td.AdaptiveKLController(1, 1, 1).load_state_dict({"value": -1.0}), ["value", "-1"]),
 )
 
 
@@ -140,6 +159,11 @@ def test_controller():
     before = controller.value
     assert math.isclose(controller.update(1e9, 10000), before * 1.2)  # at most a fifth over the horizon
     assert math.isclose(controller.update(0.0, 10000), before * 1.2 * 0.8)
+    before = controller.value
+    with pytest.raises(ValueError):
+        controller.update(0.0, 50000)
+    assert controller.value == before
+    assert math.isclose(controller.update(0.0, 49999), before * (1 - 0.99998))
     other = td.AdaptiveKLController(1.0, 6.0, 10000)
     other.load_state_dict(pickle.loads(pickle.dumps(controller.state_dict())))
     assert other.value == controller.value

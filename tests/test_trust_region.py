@@ -53,6 +53,58 @@ def test_natural_gradient():
     torch.testing.assert_close(step * 2**halvings, expected, rtol=1e-3, atol=1e-9)
 
 
+def tabular(seed, dtype, scale=1.0):
+    """Logits themselves: one direction a row costs nothing, and the Hessian's null space is a quarter of the whole."""
+    torch.manual_seed(seed)
+    logits, advantage = torch.zeros(4, 3, dtype=dtype, requires_grad=True), torch.randn(4, 3, dtype=torch.float64)
+    old, advantage = logits.detach().clone(), advantage.to(dtype)
+    return logits, lambda: scale * (logits.softmax(-1) * advantage).sum(), lambda: td.kl_div(logits, old)
+
+
+def test_null_space_of_the_hessian():
+    """A row's logits may be shifted together at no cost: rounding must not send the step that way."""
+    for seed in range(30):
+        exact, surrogate, kl = tabular(seed, torch.float64)
+        wanted = td.trust_region_step([exact], surrogate, kl, max_kl=0.02)
+        logits, surrogate, kl = tabular(seed, torch.float32)
+        result = td.trust_region_step([logits], surrogate, kl, max_kl=0.02, cg_iters=10 + seed)
+        assert wanted.accepted and result.accepted
+        torch.testing.assert_close(logits.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", (1e20, 1e-30))
+def test_scale_of_the_surrogate(scale):
+    plain, surrogate, kl = tabular(0, torch.float32)
+    assert td.trust_region_step([plain], surrogate, kl).accepted
+    logits, surrogate, kl = tabular(0, torch.float32, scale)
+    assert td.trust_region_step([logits], surrogate, kl).accepted
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("closure", ("surrogate", "kl"))
+@pytest.mark.parametrize("call", (1, 2, 3))
+def test_error_in_a_closure_restores_the_parameters(closure, call):
+    params, surrogate, kl = problem()
+    before = [p.detach().clone() for p in params]
+    calls = [0]
+
+    def failing(f):
+        def g():
+            calls[0] += 1
+            if calls[0] == call:
+                raise RuntimeError("stop")
+            # Of the trial steps none is good enough.
+            return f() if torch.is_grad_enabled() else f() * math.nan
+
+        return g
+
+    closures = {"surrogate": surrogate, "kl": kl}
+    closures[closure] = failing(closures[closure])
+    with pytest.raises(RuntimeError, match="stop"):
+        td.trust_region_step(params, **closures)
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("reason", ("no improvement", "nan", "too far", "no gradient"))
 def test_refused_step_restores_the_parameters(reason):
     params, surrogate, kl = problem()
@@ -93,6 +145,11 @@ def test_parameters_apart_from_the_loss():
         ({"params": []}, ["params", "empty"]),
         ({"params": [torch.ones(2)]}, ["params", "(2,)"]),
         ({"surrogate": lambda: torch.ones(2, requires_grad=True) * 2}, ["surrogate", "(2,)"]),
+        ({"surrogate": lambda: 1.0}, ["surrogate", "float", "tensor"]),
+        ({"surrogate": lambda: torch.ones(())}, ["surrogate", "graph"]),
+        ({"kl": lambda: 0.0}, ["kl", "float", "tensor"]),
+        ({"kl": lambda: torch.zeros(())}, ["kl", "graph"]),
+        ({"kl": lambda: 2 * torch.ones((), requires_grad=True)}, ["kl", "second derivative"]),
     ),
 )
 def test_bad_input(change, words):

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 import torch_divergence as td
@@ -89,6 +90,42 @@ def test_small_divergence():
     mean64, var64 = mean.double(), log_var.double()
     exact = (0.5 * (torch.expm1(var64) - var64 + mean64**2)).sum().item()
     assert math.isclose(td.vae_loss(zero, zero, mean, log_var).item(), exact, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_digits_of_bernoulli(dtype):
+    """Values and derivatives to the second where softplus(x) and x data, or sigmoid(x) and data, nearly cancel."""
+    sizes, eps = (0.0, 1e-4, 0.7, 5.0, 15.0, 30.0, 80.0), torch.finfo(dtype).eps
+    pairs = [(s * x, y) for x in sizes for s in (1, -1) for y in (0.0, 1.0, 1 - 2 * eps, 1e-9, 0.5, 0.3)]
+    x, data = torch.tensor(pairs, dtype=dtype).unbind(-1)
+    x, data = x.clone().requires_grad_(), data.clone().requires_grad_()
+    none = torch.zeros(len(pairs), 1, dtype=dtype)
+    value = td.vae_loss(x.unsqueeze(-1), data.unsqueeze(-1), none, none, reduction="none")
+    by_x, by_data = torch.autograd.grad(value.sum(), (x, data), create_graph=True)
+    by_xx, by_x_data = torch.autograd.grad(by_x.sum(), (x, data))
+    assert torch.equal(by_data, -x) and (by_x_data == -1).all()
+    for i, (logit, y) in enumerate(zip(x.tolist(), data.tolist(), strict=True)):
+        with mpmath.workdps(60):
+            a, b = mpmath.mpf(logit), mpmath.mpf(y)
+            sigmoid, rest = 1 / (1 + mpmath.exp(-a)), 1 / (1 + mpmath.exp(a))
+            want = mpmath.log1p(mpmath.exp(a)) - a * b
+            assert abs(value[i].item() - want) <= 4 * eps * want, (logit, y)
+            # Where sigmoid(x) = data the gradient is the difference of two rounded numbers, the smaller two of four.
+            terms = min(sigmoid + b, rest + 1 - b)
+            assert abs(by_x[i].item() - (sigmoid - b)) <= 4 * eps * terms, (logit, y)
+            assert abs(by_xx[i].item() - sigmoid * rest) <= 8 * eps * sigmoid * rest, (logit, y)
+
+
+@pytest.mark.parametrize("options", ({}, {"free_bits": 0.1}, {"reduction": "none"}), ids=str)
+@pytest.mark.parametrize("log_var", (1000.0, -math.inf, math.nan))
+def test_beta_0_leaves_the_divergence_out(log_var, options):
+    x, data, mean, _ = inputs()
+    v = torch.full((3, 4), log_var, dtype=torch.float64, requires_grad=True)
+    value = td.vae_loss(x, data, mean, v, beta=0.0, **options)
+    nll = reference(x, data, mean.detach(), torch.zeros(3, 4), beta=0.0, reduction=options.get("reduction", "mean"))
+    torch.testing.assert_close(value, nll)
+    for g in torch.autograd.grad(value.sum(), (mean, v)):
+        assert g.shape == (3, 4) and (g == 0).all()
 
 
 def test_infinite_logits():

@@ -109,6 +109,12 @@ def test_bad_input(critic, real, fake, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("target", (-1.0, math.nan, math.inf))
+def test_bad_target(target):
+    with pytest.raises(ValueError, match=f"gradient_penalty: target is {target}, expected a finite number >= 0"):
+        td.gradient_penalty(critic_of(), *samples(), target=target)
+
+
 def test_critic_estimates_the_distance():
     """Of two points a apart, a 1-Lipschitz critic's loss is -W1 = -a: reached by training with the penalty."""
     torch.manual_seed(0)

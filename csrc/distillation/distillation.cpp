@@ -1,7 +1,6 @@
 // Knowledge distillation, as a composition over kl_div, js_div, kl_div_topk and cross_entropy.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 #include <torch_divergence/functional/cross_entropy.h>
 #include <torch_divergence/functional/distillation.h>
@@ -12,6 +11,8 @@
 #include <string_view>
 
 #include "core/checks.h"
+#include "core/gradient_buffer.h"
+#include "core/reduction.h"
 
 namespace torch_divergence {
 namespace {
@@ -19,12 +20,28 @@ namespace {
 constexpr const char* kName = "distillation_loss";
 using OptionalTensor = std::optional<at::Tensor>;
 
-Reduction reduction_of(std::string_view name) {
-  if (name == "none") return Reduction::None;
-  if (name == "sum") return Reduction::Sum;
-  TORCH_CHECK_VALUE(name == "mean" || name == "batchmean", kName, ": reduction is \"", name,
-                    R"(", expected "none", "sum", "mean" or "batchmean")");
-  return Reduction::Mean;
+// "batchmean" is "mean" where it is allowed.
+Reduction reduction_of(std::string_view checked) {
+  return checked == "none" ? Reduction::None : checked == "sum" ? Reduction::Sum : Reduction::Mean;
+}
+
+void check_device(const char* argument, const at::Tensor& t, const at::Tensor& student) {
+  TORCH_CHECK_VALUE(t.device() == student.device(), kName, ": ", argument, " is on ", t.device(), ", expected ",
+                    student.device(), ", where student_logits is");
+}
+
+void check_shape(const char* argument, const at::Tensor& t, c10::SymIntArrayRef expected) {
+  TORCH_CHECK_VALUE(t.sym_sizes() == expected, kName, ": ", argument, " has shape ", t.sym_sizes(), ", expected ",
+                    expected);
+}
+
+// Of a teacher: its logits, or its largest log-probabilities.
+void check_teacher(const char* argument, const at::Tensor& t, const at::Tensor& student) {
+  check_distribution(kName, argument, t);
+  check_device(argument, t, student);
+  TORCH_CHECK_VALUE((t.scalar_type() == at::kDouble) == (student.scalar_type() == at::kDouble), kName, ": ", argument,
+                    " has dtype ", t.scalar_type(), " and student_logits ", student.scalar_type(),
+                    ", expected float64 for both or for neither");
 }
 
 at::Tensor distillation_loss_op(const at::Tensor& student, const OptionalTensor& teacher, const OptionalTensor& labels,
@@ -50,20 +67,39 @@ at::Tensor distillation_loss_op(const at::Tensor& student, const OptionalTensor&
   TORCH_CHECK_VALUE(a >= 0 && a <= 1, kName, ": alpha is ", a, ", expected a number from 0 to 1");
   TORCH_CHECK_VALUE(labels.has_value() || a == 1, kName, ": alpha is ", a, " without labels, expected 1 or labels");
   check_temperature(kName, temperature, true);
-  TORCH_CHECK_VALUE(reduction != "batchmean" || !labels.has_value(), kName,
-                    ": reduction is \"batchmean\" with labels; expected \"mean\"");
-
-  at::Tensor weight;  // undefined: none
-  if (row_weight.has_value()) weight = *row_weight;
-  if (labels.has_value()) {
-    const auto kept = labels->ne(ignore_index);
-    weight = weight.defined() ? at::where(kept, weight, at::zeros_like(weight)) : kept;
+  // What belongs to a term whose weight is 0 is checked too.
+  check_distribution(kName, "student_logits", student);
+  const auto rows = student.sym_sizes().slice(0, static_cast<size_t>(student.dim() - 1));
+  if (topk) {
+    check_teacher("log_probs of topk", *topk_log_probs, student);
+    auto expected = rows.vec();
+    expected.push_back(topk_log_probs->sym_size(-1));
+    check_shape("log_probs of topk", *topk_log_probs, expected);
+    TORCH_CHECK_VALUE(topk_indices->scalar_type() == at::kLong, kName, ": indices of topk has dtype ",
+                      topk_indices->scalar_type(), ", expected int64");
+    check_device("indices of topk", *topk_indices, student);
+    check_shape("indices of topk", *topk_indices, expected);
+  } else {
+    check_teacher("teacher_logits", *teacher, student);
+    check_shape("teacher_logits", *teacher, student.sym_sizes());
   }
-  const auto reduce = reduction_of(reduction);
+  if (labels.has_value()) {
+    TORCH_CHECK_VALUE(at::isIntegralType(labels->scalar_type(), /*includeBool=*/false), kName, ": labels has dtype ",
+                      labels->scalar_type(), ", expected class indices, of an integer dtype");
+    TORCH_CHECK_VALUE(labels->layout() == at::kStrided, kName, ": labels has layout ", labels->layout(),
+                      ", expected a dense tensor");
+    check_device("labels", *labels, student);
+    check_shape("labels", *labels, rows);
+  }
+  auto weight = RowReduction(kName, student, loss_dtype(student, student), row_weight, reduction, normalizer).weight();
+  if (labels.has_value()) {
+    const auto kept = labels->to(at::kLong).ne(ignore_index);  // a smaller type would wrap ignore_index around
+    weight = weight.has_value() ? at::where(kept, *weight, 0) : kept;
+  }
+  if (row_weight.has_value() && is_plain_eager(*weight)) checked_weight(kName, weight);
   // Each loss keeps its own operator and with it the gradient in the forward visit.
   const auto share = [&](auto options) {
-    if (weight.defined()) options.row_weight(weight);
-    return options.reduction(reduce).normalizer(normalizer);
+    return options.row_weight(weight).reduction(reduction_of(reduction)).normalizer(normalizer);
   };
   at::Tensor loss;
   if (a > 0) {

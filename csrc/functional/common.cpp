@@ -3,11 +3,24 @@
 #include "core/cpu_dispatch.h"
 #include "core/large_tensor.h"
 
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 #include <torch_divergence/version.h>
 
 namespace torch_divergence {
+namespace {
+
+// float64 keeps every integer count exact.
+std::optional<at::Tensor> number(double value) { return at::scalar_tensor(value, at::kDouble); }
+
+}  // namespace
+
+DistillationOptions& DistillationOptions::normalizer(double value) { return normalizer(number(value)); }
+GaussianKLOptions& GaussianKLOptions::normalizer(double value) { return normalizer(number(value)); }
+KLEstimateOptions& KLEstimateOptions::normalizer(double value) { return normalizer(number(value)); }
+PPOClipOptions& PPOClipOptions::normalizer(double value) { return normalizer(number(value)); }
+PPOKLPenaltyOptions& PPOKLPenaltyOptions::normalizer(double value) { return normalizer(number(value)); }
 
 const char* to_string(Space space) {
   switch (space) {

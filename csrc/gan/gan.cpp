@@ -1,5 +1,6 @@
 // The GAN's losses, as compositions. V = mean log D(real) + mean log(1 - D(fake)), D = sigmoid of the logit.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 #include <torch_divergence/functional/gan.h>
 
@@ -20,12 +21,23 @@ at::Tensor gan_generator_loss_op(const at::Tensor& fake_logits, std::string_view
   return minimax ? -softplus(fake).mean() : softplus(-fake).mean();
 }
 
-at::Tensor minus_v(const char* name, const at::Tensor& real_logits, const at::Tensor& fake_logits) {
+struct Logits {
+  at::Tensor real, fake;
+};
+Logits checked_logits(const char* name, const at::Tensor& real_logits, const at::Tensor& fake_logits) {
   const auto real = checked_real(name, "real_logits", real_logits);
   const auto fake = checked_like(name, "fake_logits", fake_logits, "real_logits", real_logits, false);
   check_not_empty(name, "real_logits", real);
   check_not_empty(name, "fake_logits", fake);
-  return softplus(-real).mean() + softplus(fake).mean();
+  return {real, fake};
+}
+
+// log 2 - softplus(x) = -log((1 + e^x) / 2). Near 0 the difference has no digits left, elsewhere e^x overflows: each
+// branch sees only its own arguments.
+at::Tensor log2_minus_softplus(const at::Tensor& x) {
+  const auto small = x.abs() < 1;
+  const auto near = at::where(small, x, 0), far = at::where(small, 0, x);
+  return at::where(small, -(near.expm1() / 2).log1p(), std::log(2.0) - softplus(far));
 }
 
 }  // namespace
@@ -41,7 +53,8 @@ const char* to_string(GANLossKind kind) {
 }
 
 at::Tensor gan_discriminator_loss(const at::Tensor& real_logits, const at::Tensor& fake_logits) {
-  return minus_v("gan_discriminator_loss", real_logits, fake_logits);
+  const auto [real, fake] = checked_logits("gan_discriminator_loss", real_logits, fake_logits);
+  return softplus(-real).mean() + softplus(fake).mean();
 }
 
 at::Tensor gan_generator_loss(const at::Tensor& fake_logits, GANLossKind kind) {
@@ -49,7 +62,8 @@ at::Tensor gan_generator_loss(const at::Tensor& fake_logits, GANLossKind kind) {
 }
 
 at::Tensor gan_js_estimate(const at::Tensor& real_logits, const at::Tensor& fake_logits) {
-  return (std::log(4.0) - minus_v("gan_js_estimate", real_logits, fake_logits)) / 2;
+  const auto [real, fake] = checked_logits("gan_js_estimate", real_logits, fake_logits);
+  return (log2_minus_softplus(-real).mean() + log2_minus_softplus(fake).mean()) / 2;
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_divergence, m) {

@@ -152,29 +152,31 @@ Tensor weighted(const Tensor& g, const Tensor& weight) {
 }
 
 // What the derivatives of the gradients along `a` are made of. In ATen operators, so that it can be differentiated
-// again. With dots for derivatives along a:
-//   (d e^-w). = e^-w (d. - d w.)     (expm1(x)/2). = e^x x./2     (d^2 e^-w/2). = d e^-w d. - d^2 e^-w w./2
-// Rows whose incoming gradient is 0 are held at 0, so that what they hold does not come back as 0 inf.
+// again. With z = d e^(-w/2), and dots for derivatives along a:
+//   (d e^-w). = e^-w (d. - d w.)     (expm1(x)/2). = e^x x./2     (z^2/2). = z (d. e^(-w/2) - z w./2)
+// Rows of `held` are as if all that they hold were 0.
 struct Directional {
-  Tensor g;
   Operands gradient, derivative;  // of KL, a coordinate each
 
-  Directional(const Tensor& grad, const Operands& x, const Operands& a) {
+  Directional(const Operands& x, const Operands& a, const Tensor& held) {
     const auto dtype = loss_dtype(x[kMean], x[kLogVar]);
-    g = grad.to(dtype).unsqueeze(-1);
-    const auto absent = g == 0;
     const auto wide = [&](const Tensor& t) {
-      return t.defined() ? at::where(absent, 0, t.to(dtype))
-                         : at::zeros_like(x[kMean], x[kMean].options().dtype(dtype));
+      if (!t.defined()) return at::zeros_like(x[kMean], x[kMean].options().dtype(dtype));
+      return held.defined() ? at::where(held, 0, t.to(dtype)) : t.to(dtype);
     };
     const auto v = wide(x[kLogVar]), w = wide(x[kPriorLogVar]), d = wide(x[kMean]) - wide(x[kPriorMean]);
     const auto d_dot = wide(a[kMean]) - wide(a[kPriorMean]), w_dot = wide(a[kPriorLogVar]),
                x_dot = wide(a[kLogVar]) - w_dot;
-    const auto difference = at::where(v == w, 0, v - w), precision = (-w).exp();
-    const auto by_mean = d * precision, variance = difference.expm1() / 2, mean = d * by_mean / 2;
-    gradient = {by_mean, variance, -by_mean, -variance - mean};
-    const auto mean_dot = precision * (d_dot - d * w_dot), variance_dot = difference.exp() * x_dot / 2;
-    derivative = {mean_dot, variance_dot, -mean_dot, -variance_dot - (by_mean * d_dot - mean * w_dot)};
+    // Only infinities need it: a where at every v = w would take the derivatives there with it.
+    const auto same = (v == w).logical_and(v.isinf());
+    const auto difference = at::where(same, 0, v) - at::where(same, 0, w);
+    // Factors of e^-w and e^x, kept just finite: 0 times them is 0, and anything else overflows all the same.
+    const double highest = dtype == at::kDouble ? 1418 : 177;
+    const auto scale = (w.clamp_min(-highest) / -2).exp(), growth = (difference.clamp_max(highest) / 2).exp();
+    const auto z = d * scale, by_mean = z * scale, variance = difference.expm1() / 2;
+    gradient = {by_mean, variance, -by_mean, -variance - z * z / 2};
+    const auto mean_dot = (d_dot - d * w_dot) * scale * scale, variance_dot = x_dot * growth * growth / 2;
+    derivative = {mean_dot, variance_dot, -mean_dot, -variance_dot - z * (d_dot * scale - z * w_dot / 2)};
   }
 };
 
@@ -224,6 +226,17 @@ struct GaussianKl : torch::autograd::Function<GaussianKl> {
   }
 };
 
+// grad times the Hessian of KL times a, for each operand that there is. Rows whose incoming gradient is 0 are held, so
+// that what they hold does not come back as 0 inf.
+Operands hessian_products(const Tensor& grad, const Operands& x, const Operands& a) {
+  const auto g = grad.to(loss_dtype(x[kMean], x[kLogVar])).unsqueeze(-1);
+  const Directional along(x, a, g == 0);
+  Operands products;
+  for (size_t k = 0; k < products.size(); ++k)
+    if (x[k].defined()) products[k] = (g * along.derivative[k]).to(x[k].scalar_type());
+  return products;
+}
+
 struct GaussianKlGradient : torch::autograd::Function<GaussianKlGradient> {
   static constexpr const char* name = "GaussianKlGradientBackward";
   static constexpr bool is_traceable = true;
@@ -257,17 +270,22 @@ struct GaussianKlGradient : torch::autograd::Function<GaussianKlGradient> {
       if (mask[k] && v[k].defined()) a[k] = v[k], any = true;
     if (!any) return result;
     const Operands x{s[1], s[2], s[3], s[4]};
-    const Directional along(s[0], x, a);
     if (ctx->needs_input_grad(0)) {
-      auto sum = at::zeros_like(along.g);
-      for (size_t k = 0; k < mask.size(); ++k)
-        if (a[k].defined()) sum = sum + (along.gradient[k] * a[k].to(along.g.scalar_type())).sum(-1, true);
-      result[0] = sum.squeeze(-1).to(s[0].scalar_type());
+      const Directional along(x, a, Tensor());
+      Tensor sum;
+      for (size_t k = 0; k < mask.size(); ++k) {
+        if (!a[k].defined()) continue;
+        const auto product = (along.gradient[k] * a[k].to(along.gradient[k].scalar_type())).sum(-1);
+        sum = sum.defined() ? sum + product : product;
+      }
+      result[0] = sum.to(s[0].scalar_type());
     }
     const auto at = inputs(ctx);
+    const auto wanted = [&](size_t k) { return at[k] >= 0 && ctx->needs_input_grad(static_cast<size_t>(at[k])); };
+    if (!wanted(0) && !wanted(1) && !wanted(2) && !wanted(3)) return result;
+    const auto hessian = hessian_products(s[0], x, a);
     for (size_t k = 0; k < mask.size(); ++k)
-      if (at[k] >= 0 && ctx->needs_input_grad(static_cast<size_t>(at[k])))
-        result[k + 1] = (along.g * along.derivative[k]).to(x[k].scalar_type());
+      if (wanted(k)) result[k + 1] = hessian[k];
     return result;
   }
   // The Jacobian of the gradients in the operands is symmetric.
@@ -278,9 +296,9 @@ struct GaussianKlGradient : torch::autograd::Function<GaussianKlGradient> {
     variable_list result(kGaussianOperands);
     const auto add = [&](size_t k, const Tensor& t) { result[k] = result[k].defined() ? result[k] + t : t; };
     if (a[0].defined() || a[1].defined() || a[2].defined() || a[3].defined()) {
-      const Directional along(in[0], x, a);
+      const auto hessian = hessian_products(in[0], x, a);
       for (size_t k = 0; k < mask.size(); ++k)
-        if (mask[k]) add(k, (along.g * along.derivative[k]).to(x[k].scalar_type()));
+        if (mask[k]) add(k, hessian[k]);
     }
     if (tangents[0].defined()) {
       const auto out = as_array(gradients(tangents[0], x, mask));
@@ -365,7 +383,9 @@ void check_diagonal(const char* argument, const Tensor& factor, const OptionalTe
 // With R = Lp^-1 Lq, lower triangular, and y = Lp^-1 (m - c):
 //   KL = 1/2 [sum_i h(2 log r_ii) + sum_{i>j} r_ij^2 + |y|^2],   r_ii = q_ii/p_ii,   h(x) = expm1(x) - x
 // Near equality R - I = Lp^-1 (Lq - Lp) is solved for: its off-diagonal entries, and r_ii - 1 = (q_ii - p_ii)/p_ii,
-// keep the digits that R has lost. With s = r_ii - 1, expm1(2 log r) = s (2 + s) and h = s^2 + 2 (s - log1p(s)).
+// keep the digits that R has lost. With s = r_ii - 1, expm1(2 log r) = s (2 + s) and h = s^2 + 2 (s - log1p(s)). Below
+// r = 1/2 it is 1 + s that loses digits, at last all of them: there h = t^4 - 1 - 4 log t with t^2 = r, where no
+// quotient leaves the range of numbers that h does not leave.
 Tensor gaussian_kl_full_op(const Tensor& mean, const Tensor& scale_tril, const Tensor& prior_mean,
                            const Tensor& prior_scale_tril, const OptionalTensor& row_weight, std::string_view reduction,
                            const OptionalTensor& normalizer) {
@@ -392,8 +412,13 @@ Tensor gaussian_kl_full_op(const Tensor& mean, const Tensor& scale_tril, const T
   const auto y = at::linalg_solve_triangular(p, (keep(m) - keep(c)).unsqueeze(-1), /*upper=*/false).squeeze(-1);
   const auto off = at::linalg_solve_triangular(p, q - p, /*upper=*/false).tril(-1);
   const auto p_diagonal = p.diagonal(0, -2, -1), q_diagonal = q.diagonal(0, -2, -1);
-  const auto s = (q_diagonal - p_diagonal) / p_diagonal;
-  const auto rows = (s * s + 2 * minus_log1p(s)).sum(-1) + (off * off).sum({-2, -1}) + (y * y).sum(-1);
+  const auto difference = (q_diagonal - p_diagonal) / p_diagonal;
+  const auto far = difference < -0.5;
+  // Each branch sees only its own arguments, or the other's infinities would come back as 0 inf.
+  const auto s = at::where(far, 0, difference);
+  const auto t = at::where(far, q_diagonal, 1).sqrt() / at::where(far, p_diagonal, 1).sqrt(), r = t * t;
+  const auto h = at::where(far, r * r - 1 - 4 * t.log(), s * s + 2 * minus_log1p(s));
+  const auto rows = h.sum(-1) + (off * off).sum({-2, -1}) + (y * y).sum(-1);
   return reduce(weight.has_value() ? at::where(*weight == 0, 0, rows * *weight / 2) : rows / 2);
 }
 

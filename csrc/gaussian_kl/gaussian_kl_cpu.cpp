@@ -85,18 +85,27 @@ double sum_terms(const Operands<A, T>& row, int64_t first, int64_t last) {
   return total;
 }
 
-// Writes the gradients of [first, last) and returns the sum of their sizes.
+// By the prior's log-variance the gradient is a difference, expm1(x) + z^2, of which float may leave no digit. Errors
+// count relative to a row's largest entry: of a chunk's largest term this part, at least, has to be left in its largest
+// difference.
+inline constexpr float kLeftInFloat = 0.25f;
+
+// Writes the gradients of [first, last). Has arithmetic in A been good enough for that?
 template <class A, class T>
-double write_gradients(const GaussianKlBackward& k, const Operands<A, T>& row, void* const* out, double coefficient,
-                       int64_t first, int64_t last) {
+bool write_gradients(const GaussianKlBackward& k, const Operands<A, T>& row, void* const* out, double coefficient,
+                     int64_t first, int64_t last) {
   const Vec<A> c(static_cast<A>(coefficient)), half(static_cast<A>(0.5 * coefficient)), zero(A(0));
-  Vec<A> size(A(0));
+  Vec<A> size(A(0)), terms(A(0)), left(A(0));
   for_lanes<A>(
       last - first, [&](int64_t j, auto count) __attribute__((always_inline)) {
         const int64_t i = first + j;
         const Coordinates<A> at(row, i, count);
         const Vec<A> by_mean = at.by_mean(), by_variance = fmadd(at.z, at.z, at.expm1_x);
-        size = size + by_mean.abs() + by_variance.abs();
+        if constexpr (std::is_same_v<A, float>) {
+          size = size + by_mean.abs() + by_variance.abs();
+          if (out[kPriorLogVar] != nullptr)
+            terms = max_of(fmadd(at.z, at.z, at.expm1_x.abs()), terms), left = max_of(by_variance.abs(), left);
+        }
         const auto write = [&](int operand, Vec<A> value) __attribute__((always_inline)) {
           if (out[operand] == nullptr) return;
           if constexpr (std::is_void_v<T>) {
@@ -110,7 +119,8 @@ double write_gradients(const GaussianKlBackward& k, const Operands<A, T>& row, v
         write(kPriorMean, zero - c * by_mean);
         write(kPriorLogVar, zero - half * by_variance);
       });
-  return sum_of(size);
+  if constexpr (!std::is_same_v<A, float>) return true;
+  return fits_float(sum_of(size)) && max_lane(left) >= kLeftInFloat * max_lane(terms);
 }
 
 }  // namespace
@@ -159,7 +169,7 @@ void gaussian_kl_backward(const GaussianKlBackward& k, int64_t begin, int64_t en
               const int64_t n = std::min(last, b + kChunk);
               if constexpr (!std::is_void_v<T>)
                 if (fits_float(std::fabs(coefficient)) &&
-                    fits_float(write_gradients(k, Operands<float, T>{k.in, in}, out, coefficient, b, n)))
+                    write_gradients(k, Operands<float, T>{k.in, in}, out, coefficient, b, n))
                   continue;
               write_gradients(k, wide, out, coefficient, b, n);
             }

@@ -40,10 +40,10 @@ Tensor kl_estimate_op(const Tensor& log_p, const Tensor& log_q, std::string_view
   } else if (gradient == "none") {
     value = estimate(r.detach());
   } else {
-    // r^2/2 minus itself: 0, with the gradient of k2. An infinite r would make it NaN.
-    const auto finite = at::where(r.detach().isinf(), 0, r);
-    const auto k2 = finite * finite / 2;
-    value = estimate(r.detach()) + (k2 - k2.detach());
+    // r^2/2 minus itself, as a product that does not overflow: 0, with the gradient of k2. An infinite r would make it
+    // NaN.
+    const auto finite = at::where(r.detach().isinf(), 0, r), fixed = finite.detach();
+    value = estimate(r.detach()) + (finite - fixed) * (finite / 2 + fixed / 2);
   }
   if (importance_weight.has_value())
     value = value * reduce.kept(checked_like(kName, "importance_weight", *importance_weight, "log_p", log_p, true));

@@ -6,11 +6,17 @@
 
 namespace torch_divergence {
 
-DistillationLossImpl::DistillationLossImpl(DistillationOptions options_) : options(std::move(options_)) {
+namespace {
+
+void check_options(const DistillationOptions& options) {
+  check_not_of_batch("topk", options.topk().has_value());
   check_no_batch_tensors(options);
-  TORCH_CHECK_VALUE(!options.topk().has_value(),
-                    "topk: was set in the options of a module, where it would be used for "
-                    "every batch; pass it to forward");
+}
+
+}  // namespace
+
+DistillationLossImpl::DistillationLossImpl(DistillationOptions options_) : options(std::move(options_)) {
+  check_options(options);
 }
 void DistillationLossImpl::reset() {}
 void DistillationLossImpl::pretty_print(std::ostream& stream) const {
@@ -29,7 +35,7 @@ at::Tensor DistillationLossImpl::forward(const at::Tensor& student_logits,
                                          const std::optional<at::Tensor>& labels, const std::optional<TopK>& topk,
                                          const std::optional<at::Tensor>& row_weight,
                                          const std::optional<at::Tensor>& normalizer) {
-  check_no_batch_tensors(options);
+  check_options(options);
   return distillation_loss(student_logits, teacher_logits, labels,
                            DistillationOptions(options).topk(topk).row_weight(row_weight).normalizer(normalizer));
 }

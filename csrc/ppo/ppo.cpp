@@ -62,8 +62,15 @@ at::Tensor ppo_kl_penalty_loss_op(const at::Tensor& log_prob, const at::Tensor& 
   const auto divergence = checked_like(kName, "kl", kl, "log_prob", log_prob, kl.dim() != 0);
   const auto [d, a, reduce] =
       checked_surrogate(kName, log_prob, old_log_prob, advantage, row_weight, reduction, normalizer);
+  // 0 inf is no 0: the term is left out, but for a sum over nothing, whose gradient is the zeros expected of it.
+  if (kl_coef == 0) return reduce(divergence.unsqueeze(0).slice(0, 0, 0).sum() - ratio_times(d, a));
   const auto penalty = kl.dim() == 0 ? divergence : reduce.kept(divergence);
   return reduce(kl_coef * penalty - ratio_times(d, a));
+}
+
+void check_coefficient(const char* argument, double value) {
+  TORCH_CHECK_VALUE(value >= 0 && std::isfinite(value), "AdaptiveKLController: ", argument, " is ", value,
+                    ", expected a finite number >= 0");
 }
 
 }  // namespace
@@ -85,7 +92,7 @@ at::Tensor ppo_kl_penalty_loss(const at::Tensor& log_prob, const at::Tensor& old
 
 AdaptiveKLController::AdaptiveKLController(double init, double target, double horizon)
     : value_(init), target_(target), horizon_(horizon) {
-  set_value(init);
+  check_coefficient("init", init);
   TORCH_CHECK_VALUE(target > 0 && std::isfinite(target), "AdaptiveKLController: target is ", target,
                     ", expected a positive number");
   TORCH_CHECK_VALUE(horizon > 0 && std::isfinite(horizon), "AdaptiveKLController: horizon is ", horizon,
@@ -93,8 +100,7 @@ AdaptiveKLController::AdaptiveKLController(double init, double target, double ho
 }
 
 void AdaptiveKLController::set_value(double value) {
-  TORCH_CHECK_VALUE(value >= 0 && std::isfinite(value), "AdaptiveKLController: init is ", value,
-                    ", expected a finite number >= 0");
+  check_coefficient("value", value);
   value_ = value;
 }
 
@@ -102,7 +108,11 @@ double AdaptiveKLController::update(double kl, std::int64_t n) {
   TORCH_CHECK_VALUE(!std::isnan(kl), "AdaptiveKLController: kl is NaN, expected a number");
   TORCH_CHECK_VALUE(n >= 0, "AdaptiveKLController: n is ", n, ", expected a number of samples >= 0");
   const double error = std::clamp(kl / target_ - 1, -0.2, 0.2);
-  value_ *= 1 + error * static_cast<double>(n) / horizon_;
+  const double factor = 1 + error * static_cast<double>(n) / horizon_;
+  TORCH_CHECK_VALUE(factor > 0, "AdaptiveKLController: n is ", n, " with a horizon of ", horizon_,
+                    ", which would multiply the coefficient by ", factor,
+                    ", expected less than 5 horizons: a positive factor");
+  value_ *= factor;
   return value_;
 }
 

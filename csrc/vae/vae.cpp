@@ -24,13 +24,17 @@ void check_number(const char* argument, double value, bool zero_too) {
                     value, ", expected a finite number ", zero_too ? ">= 0" : "> 0");
 }
 
-// softplus(x) - x data. An infinite logit is sure of its side: 0 if the data agrees, else inf.
+// softplus(x) - x data, as log(1 + e^-|x|) + |x| |[x > 0] - data|: both terms >= 0 for data in [0, 1], where the
+// difference of the plain form has no digits left for a logit that is sure and right. An infinite logit is sure of its
+// side: 0 if the data agrees, else inf.
 at::Tensor bernoulli(const at::Tensor& logits, const at::Tensor& data) {
   const auto infinite = logits.isinf();
   const auto x = at::where(infinite, 0, logits);
   const auto agrees = at::where(logits > 0, data == 1, data == 0);
   const auto sure = at::where(agrees, 0, at::where(data.isnan(), data, std::numeric_limits<double>::infinity()));
-  return at::where(infinite, sure.to(x.scalar_type()), softplus(x) - x * data);
+  const auto positive = x > 0;
+  const auto size = at::where(positive, x, -x), wrong = at::where(positive, 1 - data, data);
+  return at::where(infinite, sure.to(x.scalar_type()), (-size).exp().log1p() + size * wrong);
 }
 
 at::Tensor vae_loss_op(const at::Tensor& reconstruction, const at::Tensor& data, const at::Tensor& mean,
@@ -56,6 +60,8 @@ at::Tensor vae_loss_op(const at::Tensor& reconstruction, const at::Tensor& data,
   const auto nll =
       per_sample(gaussian ? ((y - x) / scale).square() / 2 + (std::log(scale) + kLog2Pi / 2) : bernoulli(x, y));
   const EntryReduction reduce(kName, nll, std::nullopt, reduction, std::nullopt);
+  // 0 inf is no 0: the term is left out, but for a sum over nothing, whose gradients are the zeros expected of it.
+  if (beta == 0) return reduce(nll + (m.slice(0, 0, 0).sum() + v.slice(0, 0, 0).sum()));
   const auto kl = gaussian_kl(m.unsqueeze(-1), v.unsqueeze(-1), std::nullopt, std::nullopt,
                               GaussianKLOptions().reduction(Reduction::None));
   if (free_bits == 0) return reduce(nll + beta * per_sample(kl));

@@ -6,6 +6,8 @@
 #include <torch/library.h>
 #include <torch_divergence/functional/wgan.h>
 
+#include <cmath>
+
 #include "core/composite.h"
 #include "core/grad.h"
 
@@ -34,6 +36,9 @@ at::Tensor gradient_penalty(const std::function<at::Tensor(const at::Tensor&)>& 
   checked_like(kName, "fake", fake, "real", real, true);
   TORCH_CHECK_VALUE(real.scalar_type() == fake.scalar_type(), kName, ": fake has dtype ", fake.scalar_type(),
                     ", expected ", real.scalar_type(), ", that of real");
+  TORCH_CHECK_VALUE(target >= 0 && std::isfinite(target), kName, ": target is ", target,
+                    ", expected a finite number >= 0");
+  TORCH_CHECK_VALUE(critic, kName, ": critic is empty, expected a function");
   TORCH_CHECK_VALUE(real.dim() >= 1, kName, ": real is a scalar, expected a batch (B, ...)");
   check_not_empty(kName, "real", real);
   at::DimVector ones(static_cast<size_t>(real.dim()), 1);
@@ -45,6 +50,7 @@ at::Tensor gradient_penalty(const std::function<at::Tensor(const at::Tensor&)>& 
     const at::AutoGradMode on(true);  // the gradient below needs a graph whatever the caller's mode
     const auto u = (fake + e * (real - fake)).detach().requires_grad_();
     const auto scores = critic(u);
+    TORCH_CHECK_VALUE(scores.defined(), kName, ": critic returned an undefined tensor, expected scores");
     TORCH_CHECK_VALUE(scores.numel() == real.size(0) && scores.dim() >= 1 && scores.size(0) == real.size(0), kName,
                       ": critic returned scores of shape ", scores.sizes(), ", expected one for each of ", real.size(0),
                       " samples");

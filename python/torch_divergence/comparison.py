@@ -389,9 +389,9 @@ def compare_samples(x: Tensor, y: Tensor) -> list[tuple[str, float, str]]:
         result.append(("sliced W2", math.sqrt(sliced), "W2 of random projections, averaged: cheap in any dimension"))
         if len(x) * len(y) <= 10**8:
             blur = 0.05 * torch.cat((x, y)).std(0).norm().item() or 1.0
-            value = td.sinkhorn_divergence(x, y, cost="half_sqeuclidean", blur=blur, tol=1e-6).item()
+            smoothed = td.sinkhorn_divergence(x, y, cost="half_sqeuclidean", blur=blur, tol=1e-6).item()
             result.append(
-                ("Sinkhorn", value, f"W2^2 / 2 smoothed at the scale {blur:.3g}, debiased: 0 for equal samples")
+                ("Sinkhorn", smoothed, f"W2^2 / 2 smoothed at the scale {blur:.3g}, debiased: 0 for equal samples")
             )
     if min(len(x), len(y)) > dims:
         (m1, c1), (m2, c2) = ((t.mean(0), torch.cov(t.T).reshape(dims, dims)) for t in (x, y))

@@ -55,6 +55,32 @@ TEST(GaussianKl, Modules) {
   EXPECT_THROW(td::GaussianKLFullLoss(td::GaussianKLOptions().row_weight(weight)), c10::ValueError);
 }
 
+TEST(GaussianKl, OptionsTakeANumberAsNormalizer) {
+  const auto p = draw({6}), q = draw({6}), m = draw({3, 4}), v = draw({3, 4});
+  expect_close(td::gaussian_kl(m, v, {}, {}, td::GaussianKLOptions().normalizer(7.0)), td::gaussian_kl(m, v) * 3 / 7);
+  expect_close(td::kl_estimate(p, q, td::KLEstimateOptions().normalizer(7.0)), td::kl_estimate(p, q) * 6 / 7);
+}
+
+TEST(GaussianKl, SmallFactors) {
+  const auto m = at::zeros({1, 2}), eye = at::eye(2).unsqueeze(0);
+  expect_close(td::gaussian_kl_full(m, eye * 1e-8, m, eye), at::tensor(-1 - 2 * std::log(1e-8)).to(at::kFloat));
+}
+
+TEST(KlEstimate, Module) {
+  const auto p = draw({6}), q = draw({6}), weight = at::rand({6}, at::kDouble);
+  td::KLEstimateLoss criterion(td::KLEstimateOptions().max_log_ratio(0.5));
+  expect_close(criterion(p, q, weight),
+               td::kl_estimate(p, q, td::KLEstimateOptions().max_log_ratio(0.5).importance_weight(weight)));
+  std::ostringstream text;
+  text << *criterion << *td::KLEstimateLoss();
+  EXPECT_EQ(text.str(),
+            "torch_divergence::KLEstimateLoss(kind=k3, gradient=path, max_log_ratio=0.5, reduction=mean)"
+            "torch_divergence::KLEstimateLoss(kind=k3, gradient=path, reduction=mean)");
+  EXPECT_THROW(td::KLEstimateLoss(td::KLEstimateOptions().importance_weight(weight)), c10::ValueError);
+  criterion->options.importance_weight(weight);
+  EXPECT_THROW(criterion(p, q), c10::ValueError);
+}
+
 TEST(KlEstimate, KindsAndGradients) {
   const auto p = draw({6}), q = draw({6}), r = q - p;
   expect_close(td::kl_estimate(p, q), (r.expm1() - r).mean());

@@ -70,4 +70,11 @@ TEST_F(KLDivTopK, RefusesIndicesOutOfRange) {
   }
 }
 
+TEST_F(KLDivTopK, RefusesUndefinedTensors) {
+  const auto [indices, log_probs] = top(2);
+  EXPECT_THROW(td::kl_div_topk(student, indices, log_probs, at::Tensor(), td::KLDivTopKOptions()), c10::ValueError);
+  EXPECT_THROW(td::kl_div_topk(student, at::Tensor(), log_probs), c10::ValueError);
+  EXPECT_THROW(td::kl_div_topk(student, indices, at::Tensor()), c10::ValueError);
+}
+
 }  // namespace

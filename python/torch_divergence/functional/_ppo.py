@@ -82,7 +82,8 @@ def ppo_kl_penalty_loss(
         advantage: as there.
         kl: the divergence from the old policy, of the shape of the others or a scalar: of :func:`kl_div` with
             ``reduction="none"``, or of :func:`kl_estimate`.
-        kl_coef: not negative; :class:`AdaptiveKLController` steers it.
+        kl_coef: not negative; :class:`AdaptiveKLController` steers it. With 0 the term is left out, whatever ``kl``
+            holds.
         row_weight: as in :func:`ppo_clip_loss`.
         reduction: as there.
         normalizer: as there.
@@ -147,20 +148,29 @@ class AdaptiveKLController:
         self.horizon = float(horizon)
 
     def update(self, kl: float, n: int) -> float:
-        """Takes the KL measured over n samples and returns the new coefficient."""
+        """Takes the KL measured over n samples, less than 5 horizons, and returns the new coefficient."""
         if math.isnan(kl):
             raise ValueError("AdaptiveKLController: kl is NaN, expected a number")
-        if n < 0:
+        if not (n >= 0 and math.isfinite(n)):
             raise ValueError(f"AdaptiveKLController: n is {n}, expected a number of samples >= 0")
         error = min(max(float(kl) / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n / self.horizon
+        factor = 1 + error * n / self.horizon
+        if not factor > 0:
+            raise ValueError(
+                f"AdaptiveKLController: n is {n} with a horizon of {self.horizon:g}, which would multiply the "
+                f"coefficient by {factor:g}, expected less than 5 horizons: a positive factor"
+            )
+        self.value *= factor
         return self.value
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = float(state["value"])
+        value = float(state["value"])
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"AdaptiveKLController: value is {value}, expected a finite number >= 0")
+        self.value = value
 
     def __repr__(self) -> str:
         return f"AdaptiveKLController(value={self.value}, target={self.target}, horizon={self.horizon})"

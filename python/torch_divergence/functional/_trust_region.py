@@ -22,9 +22,14 @@ class TrustRegionResult(NamedTuple):
     improvement: float
 
 
-def _scalar(name: str, value: Tensor) -> Tensor:
+def _scalar(name: str, closure: Callable[[], Tensor], with_graph: bool) -> Tensor:
+    value = closure()
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{_NAME}: {name} returned a {type(value).__name__}, expected a scalar tensor")
     if value.dim() != 0:
         raise ValueError(f"{_NAME}: {name} returned a tensor of shape {tuple(value.shape)}, expected a scalar")
+    if with_graph and not value.requires_grad:
+        raise ValueError(f"{_NAME}: {name} returned a value without a graph, expected a function of params")
     return value
 
 
@@ -38,16 +43,23 @@ def _flat_gradient(value: Tensor, params: list[Tensor], create_graph: bool, reta
 
 
 def _conjugate_gradients(h: Callable[[Tensor], Tensor], g: Tensor, iterations: int) -> Tensor:
-    """H x = g."""
+    """H x = g, for a positive semidefinite H.
+
+    Logits may be shifted together at no cost, so H is singular; what is left of g when all else is solved is rounding,
+    in directions whose curvature is rounding too: a step along them has any size.
+    """
     x, r, p = torch.zeros_like(g), g.clone(), g.clone()
-    rr = r.dot(r).item()
-    enough = 1e-20 * rr
+    rounding = 4 * torch.finfo(g.dtype).eps
+    rr, steepest = r.dot(r).item(), 0.0
+    enough = max(1e-20, rounding**2) * rr
     for _ in range(iterations):
         if not rr > enough:
             break
         hp = h(p)
         curvature = p.dot(hp).item()
-        if not curvature > 0:  # a direction in which the KL does not grow, or NaN: what there is must do
+        quotient = curvature / p.dot(p).item()
+        steepest = max(steepest, quotient)
+        if not quotient > rounding * steepest:  # the KL does not grow along p, or NaN: what there is must do
             break
         x = x + (rr / curvature) * p
         r = r - (rr / curvature) * hp
@@ -71,8 +83,8 @@ def trust_region_step(
     The direction x solves H x = g by conjugate gradients, with g the gradient of the surrogate and H the Hessian of
     ``kl`` at the present parameters, used through products only (by double backward); its length makes x' H x / 2 =
     max_kl. The step is halved until the measured ``kl`` is at most ``max_kl`` and the surrogate has improved; if that
-    never happens, and wherever a number is not finite, the parameters are restored, bit by bit (Schulman et al.,
-    "Trust Region Policy Optimization", 2015).
+    never happens, wherever a number is not finite, and if ``surrogate`` or ``kl`` raises, the parameters are restored,
+    bit by bit (Schulman et al., "Trust Region Policy Optimization", 2015).
 
     Args:
         params: leaves that require grad. They are written; no ``.grad`` is.
@@ -91,7 +103,7 @@ def trust_region_step(
 
     Raises:
         ValueError: for options out of range, parameters that are no leaves that require grad, values that are no
-            scalars.
+            scalar tensors or have no graph.
 
     Example:
 
@@ -117,19 +129,27 @@ def trust_region_step(
     if not (damping >= 0 and math.isfinite(damping)):
         raise ValueError(f"{_NAME}: damping is {damping}, expected a finite number >= 0")
 
+    refused = TrustRegionResult(False, 0.0, 0.0)
     with torch.enable_grad():
-        value = _scalar("surrogate", surrogate())
+        value = _scalar("surrogate", surrogate, True)
         before = value.item()
         gradient = _flat_gradient(value, params, create_graph=False, retain_graph=False)
-        kl_gradient = _flat_gradient(_scalar("kl", kl()), params, create_graph=True, retain_graph=True)
+        kl_gradient = _flat_gradient(_scalar("kl", kl, True), params, create_graph=True, retain_graph=True)
+        if not kl_gradient.requires_grad:
+            raise ValueError(
+                f"{_NAME}: kl returned a value without a second derivative, expected KL(old || new) of params"
+            )
+        # Its size does not matter, and its square must not overflow.
+        size = gradient.abs().max().item() if gradient.numel() else 0.0
+        if not (size > 0 and math.isfinite(size)):
+            return refused
 
         def hessian_times(v: Tensor) -> Tensor:
             product = _flat_gradient((kl_gradient * v).sum(), params, create_graph=False, retain_graph=True)
             return product + damping * v
 
-        direction = _conjugate_gradients(hessian_times, gradient, cg_iters)
+        direction = _conjugate_gradients(hessian_times, gradient / size, cg_iters)
         curvature = direction.dot(hessian_times(direction)).item()
-    refused = TrustRegionResult(False, 0.0, 0.0)
     if not (curvature > 0 and math.isfinite(curvature)):
         return refused
     step = math.sqrt(2 * max_kl / curvature) * direction
@@ -138,14 +158,19 @@ def trust_region_step(
 
     with torch.no_grad():
         old = [p.detach().clone() for p in params]
-        for _ in range(backtracks):
-            for p, start, change in zip(params, old, torch.split(step, [p.numel() for p in params]), strict=True):
-                p.copy_(start + change.view_as(p))
-            divergence = _scalar("kl", kl()).item()
-            improvement = _scalar("surrogate", surrogate()).item() - before
-            if divergence <= max_kl and improvement > 0 and math.isfinite(improvement):
-                return TrustRegionResult(True, divergence, improvement)
-            step = step / 2
-        for p, start in zip(params, old, strict=True):
-            p.copy_(start)
+        accepted = False
+        try:
+            for _ in range(backtracks):
+                for p, start, change in zip(params, old, torch.split(step, [p.numel() for p in params]), strict=True):
+                    p.copy_(start + change.view_as(p))
+                divergence = _scalar("kl", kl, False).item()
+                improvement = _scalar("surrogate", surrogate, False).item() - before
+                accepted = divergence <= max_kl and improvement > 0 and math.isfinite(improvement)
+                if accepted:
+                    return TrustRegionResult(True, divergence, improvement)
+                step = step / 2
+        finally:
+            if not accepted:
+                for p, start in zip(params, old, strict=True):
+                    p.copy_(start)
     return refused

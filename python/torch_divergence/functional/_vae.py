@@ -34,7 +34,8 @@ def vae_loss(
         data: of the same shape.
         mean: (B, ...), the encoder's means.
         log_var: of the shape of ``mean``, the logarithms of the encoder's variances.
-        beta: multiplies the KL term (Higgins et al., "beta-VAE", 2017); not negative.
+        beta: multiplies the KL term (Higgins et al., "beta-VAE", 2017); not negative. With 0
+            the term is left out, whatever ``mean`` and ``log_var`` hold.
         likelihood: of the data.
         scale: standard deviation of the Gaussian likelihood.
         free_bits: each latent dimension's KL, after the mean over the batch, counts for at least this many nats (Kingma

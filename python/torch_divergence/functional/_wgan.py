@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,7 @@ def gradient_penalty(
             normalisation).
         real: (B, ...), floating point.
         fake: of the same shape, dtype and device.
-        target: the norm that is not penalised.
+        target: the norm that is not penalised, >= 0.
         generator: draws e; None is PyTorch's default.
 
     Returns:
@@ -68,8 +69,8 @@ def gradient_penalty(
         Where a gradient's norm is 0, its derivative is taken as 0. Under ``no_grad`` only the value is computed.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that differ, an empty batch, and scores that are not one a sample or
-            do not depend on the samples.
+        ValueError: for shapes, dtypes or devices that differ, an empty batch, a target that is negative or not finite,
+            and scores that are not one a sample or do not depend on the samples.
 
     Example:
 
@@ -92,6 +93,8 @@ def gradient_penalty(
         raise ValueError(
             f"{name}: fake is {fake.dtype} on {fake.device}, expected {real.dtype} on {real.device}, as real is"
         )
+    if not (target >= 0 and math.isfinite(target)):
+        raise ValueError(f"{name}: target is {target}, expected a finite number >= 0")
     batch = real.shape[0]
     e = torch.rand((batch, *(1,) * (real.dim() - 1)), dtype=real.dtype, device=real.device, generator=generator)
     record = torch.is_grad_enabled()

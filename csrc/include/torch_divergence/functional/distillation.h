@@ -41,6 +41,10 @@ struct TD_API DistillationOptions {
   TORCH_ARG(std::optional<at::Tensor>, row_weight) = std::nullopt;
   TORCH_ARG(Reduction, reduction) = Reduction::Mean;
   TORCH_ARG(std::optional<at::Tensor>, normalizer) = std::nullopt;
+
+ public:
+  /// The same with a number: `.normalizer(64.0)`.
+  DistillationOptions& normalizer(double value);
 };
 
 /// The loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015:
@@ -51,7 +55,7 @@ struct TD_API DistillationOptions {
 /// size of the first term's gradients when T changes.
 ///
 /// Shapes: student and teacher logits (*, classes), labels (*) of class indices. A term whose weight is 0 is not
-/// computed.
+/// computed; its arguments are checked all the same.
 ///
 /// @throws c10::ValueError for a teacher that is missing or given twice, an alpha other than 1 without labels, a
 ///   direction other than Forward with JS, a beta other than 0.5 with KL, and for what the divergence and

@@ -17,6 +17,10 @@ struct TD_API GaussianKLOptions {
   TORCH_ARG(Reduction, reduction) = Reduction::Mean;
   /// A positive scalar tensor that replaces the denominator of Mean. A constant.
   TORCH_ARG(std::optional<at::Tensor>, normalizer) = std::nullopt;
+
+ public:
+  /// The same with a number: `.normalizer(64.0)`.
+  GaussianKLOptions& normalizer(double value);
 };
 
 /// KL(N(mean, exp(log_var)) || N(prior_mean, exp(prior_log_var))), diagonal, summed over the last dimension: with

@@ -37,6 +37,10 @@ struct TD_API KLEstimateOptions {
   TORCH_ARG(std::optional<at::Tensor>, row_weight) = std::nullopt;
   TORCH_ARG(Reduction, reduction) = Reduction::Mean;
   TORCH_ARG(std::optional<at::Tensor>, normalizer) = std::nullopt;
+
+ public:
+  /// The same with a number: `.normalizer(64.0)`.
+  KLEstimateOptions& normalizer(double value);
 };
 
 /// KL(p || q) from the log-densities of samples x ~ p (Schulman, "Approximating KL Divergence", 2020). `log_p` and

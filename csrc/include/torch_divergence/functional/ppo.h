@@ -22,6 +22,10 @@ struct TD_API PPOClipOptions {
   TORCH_ARG(Reduction, reduction) = Reduction::Mean;
   /// A positive scalar tensor that replaces the denominator of Mean. A constant.
   TORCH_ARG(std::optional<at::Tensor>, normalizer) = std::nullopt;
+
+ public:
+  /// The same with a number: `.normalizer(64.0)`.
+  PPOClipOptions& normalizer(double value);
 };
 
 /// Options of `ppo_kl_penalty_loss`.
@@ -34,6 +38,8 @@ struct TD_API PPOKLPenaltyOptions {
 
  public:
   explicit PPOKLPenaltyOptions(double kl_coef) : kl_coef_(kl_coef) {}
+  /// The same with a number: `.normalizer(64.0)`.
+  PPOKLPenaltyOptions& normalizer(double value);
 };
 
 /// The clipped surrogate of Schulman et al., "Proximal Policy Optimization Algorithms", 2017, as a loss:
@@ -52,7 +58,7 @@ TD_API at::Tensor ppo_clip_loss(const at::Tensor& log_prob, const at::Tensor& ol
                                 const at::Tensor& advantage);
 
 /// The penalised surrogate of the same paper: mean(-r A + kl_coef kl). `kl` has the shape of the others, or is a
-/// scalar.
+/// scalar. With kl_coef = 0 the term is left out, whatever `kl` holds.
 TD_API at::Tensor ppo_kl_penalty_loss(const at::Tensor& log_prob, const at::Tensor& old_log_prob,
                                       const at::Tensor& advantage, const at::Tensor& kl,
                                       const PPOKLPenaltyOptions& options);
@@ -71,7 +77,8 @@ class TD_API AdaptiveKLController {
   double target() const { return target_; }
   double horizon() const { return horizon_; }
   /// Takes the KL measured over n samples and returns the new coefficient.
-  /// @throws c10::ValueError for a kl that is NaN and for a negative n.
+  /// @throws c10::ValueError for a kl that is NaN, a negative n, and an n of 5 horizons and more where the coefficient
+  ///   would not stay positive.
   double update(double kl, std::int64_t n);
 
  private:

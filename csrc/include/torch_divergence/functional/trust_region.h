@@ -35,15 +35,15 @@ struct TD_API TrustRegionResult {
 /// The direction x solves H x = g by conjugate gradients, with g the gradient of the surrogate and H the Hessian of
 /// `kl` at the present parameters, used through products only (by double backward); its length makes x' H x / 2 =
 /// max_kl. The step is halved until the measured `kl` is at most max_kl and the surrogate has improved; if that never
-/// happens, and wherever a number is not finite, the parameters are restored, bit by bit.
+/// happens, wherever a number is not finite, and if `surrogate` or `kl` throws, the parameters are restored, bit by
+/// bit.
 ///
 /// `params` are leaves that require grad. `surrogate` and `kl` are called at the present parameters and return scalars
 /// with a graph to them, kl being KL(old || new) with the old policy detached: 0 at the present parameters, as is its
 /// gradient. Both are called again, in no-grad mode, after each trial step. Only `params` are written, and no .grad.
 ///
 /// @throws c10::ValueError for options out of range, no parameters, parameters that do not require grad, values that
-/// are
-///   not scalars.
+///   are not scalars or have no graph.
 TD_API TrustRegionResult trust_region_step(const std::vector<at::Tensor>& params,
                                            const std::function<at::Tensor()>& surrogate,
                                            const std::function<at::Tensor()>& kl,

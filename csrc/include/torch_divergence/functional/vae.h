@@ -36,7 +36,8 @@ struct TD_API VAEOptions {
 ///     -log p(data | reconstruction) + beta KL(N(mean, exp(log_var)) || N(0, 1))
 ///     Bernoulli: sum softplus(x) - x data;  Gaussian: sum ((data - x) / scale)^2 / 2 + log scale + log(2 pi) / 2
 ///
-/// With free bits the KL term is sum_d max(free_bits, mean over the batch of KL_d).
+/// With free bits the KL term is sum_d max(free_bits, mean over the batch of KL_d). With beta = 0 it is left out,
+/// whatever `mean` and `log_var` hold.
 ///
 /// `reconstruction` and `data` have one shape (B, ...), `mean` and `log_var` one shape (B, ...) with the same B. dtypes
 /// and devices must go together (float64 with float64); half types are computed in float32. Twice differentiable in all

@@ -38,9 +38,8 @@ TD_API at::Tensor wgan_generator_loss(const at::Tensor& fake_scores);
 /// `generator` draws e; none means the default one of the device. Grad mode is left as it is; where it is off, so is
 /// the penalty's graph.
 ///
-/// @throws c10::ValueError for shapes, dtypes or devices that differ, an empty batch, scores of another shape or
-/// without
-///   a graph to the samples.
+/// @throws c10::ValueError for shapes, dtypes or devices that differ, an empty batch, a target that is negative or not
+///   finite, scores of another shape or without a graph to the samples.
 TD_API at::Tensor gradient_penalty(const std::function<at::Tensor(const at::Tensor&)>& critic, const at::Tensor& real,
                                    const at::Tensor& fake, double target = 1.0,
                                    std::optional<at::Generator> generator = std::nullopt);

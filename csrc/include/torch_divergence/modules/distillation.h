@@ -35,6 +35,13 @@ struct TD_API DistillationLossImpl : torch::nn::Cloneable<DistillationLossImpl> 
 
   /// The options with which this module was constructed.
   DistillationOptions options;
+
+ protected:
+  // Lets AnyModule call forward(student_logits, teacher_logits), the latter as std::optional<at::Tensor>.
+  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<at::Tensor>())},
+                           {3, torch::nn::AnyValue(std::optional<TopK>())},
+                           {4, torch::nn::AnyValue(std::optional<at::Tensor>())},
+                           {5, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(DistillationLoss);
 

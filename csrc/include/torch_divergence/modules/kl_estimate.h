@@ -14,7 +14,7 @@
 namespace torch_divergence {
 
 /// `kl_estimate` as a module. `importance_weight`, `row_weight` and `normalizer`, which change with the batch, are
-/// arguments of `forward`; setting row_weight or normalizer in the options raises c10::ValueError.
+/// arguments of `forward`; setting them in the options raises c10::ValueError.
 struct TD_API KLEstimateLossImpl : torch::nn::Cloneable<KLEstimateLossImpl> {
   explicit KLEstimateLossImpl(KLEstimateOptions options_ = {});
   void reset() override;
