@@ -80,10 +80,12 @@ struct KlDivStat {
   TD_HOST_DEVICE bool agree_at(double t, double s, double inv_t) const {
     return std::fabs((t - s) - (lse_p - lse_q)) * inv_t < (kl < kKlNear ? kl : kKlNear) / 8;
   }
-  // What is off, from sum q - p, which is 0 at the right one.
+  // Moves log_ratio_centre() by what sum q - p, which is 0 at the right one, tells that it is off. KL has its digits
+  // without that: there errors of the normalisers enter squared, or are small beside it.
   TD_HOST_DEVICE void settle(double sum_gap, double inv_t) {
-    const double off = std::log1p(sum_gap);
-    lse_q += off / inv_t, kl += off;
+    const double off = std::log1p(sum_gap) / inv_t;
+    lse_q += off;
+    if (kl < kKlNear) set_mean(mean, mean_lo - off);
   }
 };
 

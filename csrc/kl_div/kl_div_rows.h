@@ -414,7 +414,7 @@ void value_and_grad_row(const TP* p, const TQ* q, std::conditional_t<kQ, TQ, TP>
   RowTop row_top;
   const double inv_t = inverse_temperature<A>(t);
   stat = logits_row < A, kQ ? 1 : 2 > (p, q, classes, t, columns, kept, aside, centred, row_top);
-  const bool near = stat.kl < kKlNear;  // before it is settled, which must not change what waits in aside
+  const bool near = stat.kl < kKlNear;
   const bool settled = settle<A>(p, q, classes, t, columns, row_top, stat);
   if constexpr (kQ) {
     if (settled) return gradient_row<A>(p, q, static_cast<TP*>(nullptr), grad, classes, t, coefficient, columns, stat);
