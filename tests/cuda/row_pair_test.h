@@ -174,7 +174,7 @@ const Case kCases[] = {
     {.name = "same_direction", .kl = 1e-6, .same_v = true},
     {.name = "level", .kl = 1e-2, .level = 1000},
     {.name = "level_far", .kl = 5, .level = 1000},
-    {.name = "agree", .rows = 4, .kl = 0, .lacking = 9000},
+    {.name = "agree", .rows = 4, .kl = 0, .lacking = 45},
     {.name = "agree_near", .rows = 4, .kl = 0, .lacking = 30},
     {.name = "agree_centre", .rows = 4, .kl = 0, .offset = 3, .lacking = 30},
     {.name = "agree_masked", .rows = 4, .kl = 0, .lacking = std::numeric_limits<double>::infinity()},
