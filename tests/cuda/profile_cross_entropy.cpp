@@ -2,7 +2,6 @@
 #include <vector>
 
 #include "cross_entropy/cross_entropy.h"
-#include "kl_div/kl_div.h"
 #include "profile_rows.h"
 
 // Two rows of logits. Returns the number of classes of the row that is run. `near`: KL below 1/2.
@@ -10,7 +9,7 @@ extern "C" int64_t profile_cross_entropy(bool half, bool near, bool backward, bo
   const td::DType type = half ? td::DType::BFloat16 : td::DType::Float;
   const Matrix p(type, 1), q(type, near ? 1 : 2), grad(type);
   const PerRow rows(td::CrossEntropyStat::kSize);
-  td::KlDivStat{0, 0, 0, 0, near ? 0.1 : 4}.store(rows.stats() + (kRows - 1) * td::CrossEntropyStat::kSize);
+  kl_statistics(p, q).store(rows.stats() + (kRows - 1) * td::CrossEntropyStat::kSize);
   const td::CrossEntropyRows pair{{p.in(), q.in(), td::kLogits, td::kLogits, kClasses, 1}, 0};
   if (!backward) {
     td::cuda::cross_entropy_forward({pair, nullptr, rows.loss.get(), false, rows.stats()}, kRows, nullptr, nullptr);

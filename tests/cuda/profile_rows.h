@@ -6,7 +6,7 @@
 #include <memory>
 #include <random>
 
-#include "core/row_pair.h"
+#include "kl_div/kl_div.h"
 #include "simt.h"
 
 namespace td = torch_divergence;
@@ -43,7 +43,25 @@ struct Matrix {
   }
   td::RowsIn in() const { return {storage.get(), type, layout}; }
   td::RowsOut out() const { return {storage.get(), type, layout}; }
+  // Of the row that is run.
+  double at(int64_t j) const {
+    const int64_t i = (kRows - 1) * kClasses + j;
+    return type == td::DType::Float ? static_cast<const float*>(storage.get())[i]
+                                    : static_cast<float>(static_cast<const c10::BFloat16*>(storage.get())[i]);
+  }
 };
+
+// What the forward of KL divergence leaves of two rows of logits: a gradient that did not sum to 0 would be written
+// twice.
+inline td::KlDivStat kl_statistics(const Matrix& p, const Matrix& q) {
+  td::KlDivScan scan;
+  scan.raise(100, 100, 1);
+  for (int64_t j = 0; j < kClasses; ++j) {
+    const double t = p.at(j) - 100, s = q.at(j) - 100;
+    scan.sum_p += std::exp(t), scan.sum_q += std::exp(s), scan.dot += std::exp(t) * (t - s);
+  }
+  return scan.finish(1);
+}
 
 // Statistics, losses and coefficients of the rows; `stat` doubles a row.
 struct PerRow {
